@@ -1,0 +1,79 @@
+//! `lake GEN1 GEN2 [THREADS]`: how fast a generation goes in and out, and what it and its mass rebuild take.
+//!
+//! Everything is measured in one process and run, so that the figures are ratios of each other. The parts of an ingest
+//! run alone, on one thread; the engine uses THREADS for compressing beside the two of each push. For figures per core
+//! run it pinned to one (`taskset -c 0`).
+#![allow(clippy::print_stdout, reason = "the result of a benchmark is its output")]
+
+use std::path::Path;
+
+use narlake_bench::corpus::{self, Item};
+use narlake_bench::engine::{Engine, bucket_bytes};
+use narlake_bench::{parts, rate};
+use serde_json::json;
+
+/// Level of new frames and of the whole-NAR comparison.
+const LEVEL: i32 = 3;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [first, second, rest @ ..] = arguments.as_slice() else {
+        eprintln!("usage: lake GEN1 GEN2 [THREADS]");
+        std::process::exit(2);
+    };
+    let threads = rest.first().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let (first, second) = (corpus::load(Path::new(first)), corpus::load(Path::new(second)));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
+    let report = runtime.expect("a runtime").block_on(run(&first, &second, threads));
+    println!("{}", serde_json::to_string_pretty(&report).expect("a report is JSON"));
+}
+
+async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Value {
+    let bytes: u64 = first.iter().map(|item| item.nar.len() as u64).sum();
+    let alone = parts::measure(first, LEVEL);
+    let directory = tempfile::tempdir().expect("a directory");
+    let engine = Engine::open(directory.path(), threads).await;
+    let new = engine.ingest(first).await;
+    engine.publish(first).await;
+    let known = engine.ingest(first).await;
+    let export = engine.export(first).await;
+    engine.close().await;
+    let stored_first = stored(directory.path());
+    engine.ingest(second).await;
+    engine.publish(second).await;
+    engine.close().await;
+    let stored_second = stored(directory.path()) - stored_first;
+    let zstd = |items: &[Item]| -> u64 {
+        items.iter().map(|item| zstd::bulk::compress(&item.nar, LEVEL).map_or(0, |z| z.len() as u64)).sum()
+    };
+    let (limit_new, limit_known) = (rate(bytes, alone.new_data()), rate(bytes, alone.known_data()));
+    let round = |value: f64| (value * 1000.0).round() / 1000.0;
+    json!({
+        "paths": first.len(),
+        "nar_mb": round(bytes as f64 / 1e6),
+        "threads": threads,
+        "alone_mb_s": {
+            "sha256": round(rate(bytes, alone.sha256)),
+            "cdc": round(rate(bytes, alone.cdc)),
+            "blake3": round(rate(bytes, alone.blake3)),
+            "zstd": round(rate(bytes, alone.zstd)),
+        },
+        "ingest_new": {
+            "mb_s": round(rate(bytes, new)), "limit_mb_s": round(limit_new), "ratio": round(rate(bytes, new) / limit_new),
+        },
+        "ingest_known": {
+            "mb_s": round(rate(bytes, known)), "limit_mb_s": round(limit_known),
+            "ratio": round(rate(bytes, known) / limit_known),
+        },
+        "export_mb_s": round(rate(bytes, export)),
+        "stored_mb": { "first": round(stored_first as f64 / 1e6), "rebuild": round(stored_second as f64 / 1e6) },
+        "rebuild_percent_of_first": round(stored_second as f64 * 100.0 / stored_first.max(1) as f64),
+        "zstd_per_nar_mb": { "first": round(zstd(first) as f64 / 1e6), "rebuild": round(zstd(second) as f64 / 1e6) },
+        "bucket": bucket_bytes(directory.path()).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+    })
+}
+
+/// Bytes that content takes: packs and the index over them. Records and uploads are texts about it and counted apart.
+fn stored(directory: &Path) -> u64 {
+    bucket_bytes(directory).iter().filter(|(folder, _)| folder == "packs").map(|(_, bytes)| bytes).sum()
+}

@@ -1,0 +1,1 @@
+//! The narlake worker daemon: lazy FUSE views of a lake.

@@ -1,0 +1,265 @@
+//! From a range of a file to its bytes: where cache, source and patches meet.
+//!
+//! A range is served from the complete file in the cache if there is one. Else its chunks are: those that a partial
+//! file holds from there; those that another reader is fetching by waiting for that reader; the rest by one fetch, whose
+//! bytes are verified by the fetch engine, get their store paths back ([`PatchList`]), are kept, and then answered. A
+//! file no longer than [`WHOLE_MAX`] is fetched whole and goes straight into `hot/`.
+//!
+//! Invariant: a chunk of a file has one filler at a time ([`Fill`]), so nothing writes to a file that is complete.
+
+mod fill;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use narlake_format::id::{BlobId, BlobKind, ContentId};
+use narlake_format::lake::scrub::PatchList;
+use narlake_format::lake::strings::StringTable;
+use narlake_storage::fetch::Fetcher;
+use quick_cache::sync::Cache as Lru;
+
+use self::fill::{Fill, Share};
+use crate::cache::Cache;
+use crate::fs::error::FsError;
+use crate::fs::nodes::NodeId;
+use crate::fs::tree::{EntryNumber, Tree, TreeFile};
+use crate::metrics::Metrics;
+
+/// A file up to this many bytes is fetched whole: what the kernel's readahead asks for at once anyway.
+const WHOLE_MAX: u64 = 128 * 1024;
+
+/// Files whose patches and name are kept at hand.
+const FILES_KEPT: usize = 4096;
+
+/// What of a file is the same for all its reads.
+pub struct FileView {
+    content: ContentId,
+    size: u64,
+    patches: PatchList,
+}
+
+/// Reads files of trees.
+pub struct Reader {
+    fetcher: Fetcher,
+    cache: Arc<Cache>,
+    views: Lru<NodeId, Arc<FileView>>,
+    // Held to look up, insert or remove, never across an await. Invariant: an `Arc` in it is cloned under this lock.
+    fills: Mutex<HashMap<ContentId, Arc<Fill>>>,
+    metrics: Metrics,
+}
+
+impl Reader {
+    /// A reader that fetches what the cache does not have.
+    #[must_use]
+    pub fn new(fetcher: Fetcher, cache: Arc<Cache>, metrics: &Metrics) -> Self {
+        let metrics = metrics.clone();
+        Self { fetcher, cache, views: Lru::new(FILES_KEPT), fills: Mutex::default(), metrics }
+    }
+
+    /// Up to `length` bytes of a file from `offset` on; fewer only at its end. Cancel safe: what was kept stays kept,
+    /// and other readers of the same chunks go on.
+    ///
+    /// # Errors
+    /// When content cannot be fetched, or its patches do not fit.
+    pub async fn read(
+        &self,
+        node: NodeId,
+        (tree, table, entry): (&Tree, &StringTable, EntryNumber),
+        offset: u64,
+        length: u32,
+    ) -> Result<Bytes, FsError> {
+        let file = tree.file(entry).ok_or(FsError::WrongKind("a regular file"))?;
+        let end = offset.saturating_add(u64::from(length)).min(file.size);
+        if offset >= end {
+            return Ok(Bytes::new());
+        }
+        let view = self.view(node, &file, table)?;
+        if let Some(bytes) = self.read_hot(&view, offset..end).await {
+            return Ok(bytes);
+        }
+        let lease = Lease::take(self, &view, file.chunks.len()).await;
+        lease.read(&file, &view, offset..end).await
+    }
+
+    fn view(&self, node: NodeId, file: &TreeFile<'_>, table: &StringTable) -> Result<Arc<FileView>, FsError> {
+        let make = || {
+            let patches = PatchList::resolve(file.patches, table, file.size).map_err(FsError::Restore)?;
+            let content = if patches.is_empty() { file.id.into() } else { patches.content_id(&file.id) };
+            Ok(Arc::new(FileView { content, size: file.size, patches }))
+        };
+        self.views.get_or_insert_with(&node, make)
+    }
+
+    /// The range from the complete file. Anything wrong with that is a miss.
+    async fn read_hot(&self, view: &FileView, range: Range<u64>) -> Option<Bytes> {
+        let (cache, content, size) = (Arc::clone(&self.cache), view.content, view.size);
+        let bytes = on_disk(move || {
+            let file = cache.open_hot(&content, size)?;
+            read_range(&file, range).ok()
+        });
+        let bytes = bytes.await;
+        if let Some(bytes) = &bytes {
+            self.metrics.cache_hit_bytes.inc_by(bytes.len() as u64);
+        }
+        bytes
+    }
+}
+
+/// One reader's share in the filling of a file. The last one to go takes the fill with it.
+struct Lease<'a> {
+    reader: &'a Reader,
+    content: ContentId,
+    fill: Arc<Fill>,
+}
+
+impl<'a> Lease<'a> {
+    async fn take(reader: &'a Reader, view: &FileView, chunks: usize) -> Self {
+        let fresh = || Arc::new(Fill::new(view.content, view.size, chunks));
+        let fill = {
+            let mut fills = reader.fills.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(fills.entry(view.content).or_insert_with(fresh))
+        };
+        let lease = Self { reader, content: view.content, fill };
+        // Outside the lock: it looks at the disk.
+        if view.size > WHOLE_MAX {
+            lease.fill.open(&reader.cache).await;
+        }
+        lease
+    }
+
+    async fn read(&self, file: &TreeFile<'_>, view: &FileView, range: Range<u64>) -> Result<Bytes, FsError> {
+        let mut out = vec![0; usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
+        let wanted = if file.size <= WHOLE_MAX { 0..file.chunks.len() } else { chunks_of(file, &range) };
+        let mut left: Vec<usize> = wanted.collect();
+        while !left.is_empty() {
+            let Share { present, mine, others, changed } = self.fill.share(&left);
+            left.clear();
+            for run in runs(&present) {
+                let span = span_of(file, &run);
+                if !self.copy_present(&span, &range, &mut out).await {
+                    self.fill.lost(run.clone());
+                    left.extend(run);
+                }
+            }
+            for run in runs(mine.chunks()) {
+                let content = self.fetch(file, view, run.clone()).await?;
+                let start = span_of(file, &run).start;
+                copy_overlap(&content, start, &range, &mut out);
+                self.fill.keep(&self.reader.cache, run, start, content).await;
+            }
+            drop(mine);
+            if !others.is_empty() {
+                changed.await;
+                left.extend(others);
+            }
+        }
+        Ok(out.into())
+    }
+
+    /// Copies what the partial file has of a span into the answer. False if it could not be read.
+    async fn copy_present(&self, span: &Range<u64>, range: &Range<u64>, out: &mut [u8]) -> bool {
+        let overlap = span.start.max(range.start)..span.end.min(range.end);
+        if overlap.is_empty() {
+            return true;
+        }
+        let Some(data) = self.fill.data() else { return false };
+        let start = overlap.start;
+        let Ok(bytes) = on_disk(move || read_range(&data, overlap)).await else { return false };
+        self.reader.metrics.cache_hit_bytes.inc_by(bytes.len() as u64);
+        copy_overlap(&bytes, start, range, out);
+        true
+    }
+
+    /// Consecutive chunks of the file, restored.
+    async fn fetch(&self, file: &TreeFile<'_>, view: &FileView, run: Range<usize>) -> Result<Vec<u8>, FsError> {
+        let ids = file.chunks.get(run.clone()).unwrap_or_default();
+        let blobs: Vec<(BlobKind, BlobId)> = ids.iter().map(|id| (BlobKind::Chunk, (*id).into())).collect();
+        let chunks = self.reader.fetcher.fetch(&blobs).await.map_err(FsError::Content)?;
+        let span = span_of(file, &run);
+        let mut content = Vec::with_capacity(usize::try_from(span.end - span.start).unwrap_or(0));
+        for chunk in chunks {
+            content.extend_from_slice(&chunk);
+        }
+        // The manifest says how long each chunk is, and the id says which bytes it has; both are signed for.
+        if content.len() as u64 != span.end - span.start {
+            let field = "chunk length";
+            return Err(FsError::Restore(narlake_format::error::FormatError::Syntax { field, offset: span.start }));
+        }
+        view.patches.restore(span.start, &mut content);
+        self.reader.metrics.cache_fill_bytes.inc_by(content.len() as u64);
+        Ok(content)
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        let mut fills = self.reader.fills.lock().unwrap_or_else(PoisonError::into_inner);
+        // The map's and this one.
+        if Arc::strong_count(&self.fill) == 2 {
+            fills.remove(&self.content);
+        }
+    }
+}
+
+/// Numbers of the chunks that a range touches.
+fn chunks_of(file: &TreeFile<'_>, range: &Range<u64>) -> Range<usize> {
+    let first = file.chunk_ends.partition_point(|end| *end <= range.start);
+    let last = file.chunk_ends.partition_point(|end| *end < range.end);
+    first..(last + 1).min(file.chunk_ends.len())
+}
+
+/// Where a run of chunks lies in its file.
+fn span_of(file: &TreeFile<'_>, run: &Range<usize>) -> Range<u64> {
+    let end_of = |chunk: usize| file.chunk_ends.get(chunk).copied().unwrap_or(file.size);
+    let start = run.start.checked_sub(1).map_or(0, end_of);
+    start..run.end.checked_sub(1).map_or(start, end_of)
+}
+
+/// Consecutive numbers of a sorted list, as ranges.
+fn runs(chunks: &[usize]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for &chunk in chunks {
+        match runs.last_mut() {
+            Some(run) if run.end == chunk => run.end += 1,
+            _ => runs.push(chunk..chunk + 1),
+        }
+    }
+    runs
+}
+
+/// Copies what `content`, which starts at `start` of the file, has of `range` into `out`, which is that range.
+fn copy_overlap(content: &[u8], start: u64, range: &Range<u64>, out: &mut [u8]) {
+    let end = start + content.len() as u64;
+    let (from, to) = (start.max(range.start), end.min(range.end));
+    if from >= to {
+        return;
+    }
+    let at = |offset: u64, base: u64| usize::try_from(offset - base).unwrap_or(usize::MAX);
+    let source = content.get(at(from, start)..at(to, start));
+    let target = out.get_mut(at(from, range.start)..at(to, range.start));
+    if let (Some(source), Some(target)) = (source, target) {
+        target.copy_from_slice(source);
+    }
+}
+
+fn read_range(file: &File, range: Range<u64>) -> io::Result<Bytes> {
+    let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
+    file.read_exact_at(&mut bytes, range.start)?;
+    Ok(bytes.into())
+}
+
+/// Runs blocking work on the disk where it holds nobody up.
+async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,2 @@
+//! The narlake command.
+fn main() {}

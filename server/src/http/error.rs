@@ -1,0 +1,174 @@
+//! What a failure means to the client: the only place that maps errors to statuses.
+//!
+//! A 4xx says what is wrong with the request, with path and offset. A 5xx says no more than that, and a request id to
+//! ask the operator about: what the server's disks and buckets are called is nobody else's business. The cause goes to
+//! the log, once, by [`observe`](super::observe), which also writes the body: text for Nix, JSON for the lake API.
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::sync::Arc;
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use narlake_format::error::FormatError;
+use narlake_format::nix::narinfo::NarInfoError;
+use narlake_storage::{Error, ErrorKind};
+
+use super::body::BodyError;
+use crate::coding::CodingError;
+
+/// A failed request.
+#[derive(Debug)]
+pub struct HttpError {
+    status: StatusCode,
+    problem: Problem,
+    header: Option<(HeaderName, HeaderValue)>,
+}
+
+/// What a failure is, for the body and for the log. It travels as an extension of the response.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// What the client is told.
+    pub message: String,
+    /// What went wrong inside, for the log alone.
+    pub cause: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl HttpError {
+    /// The client's request is wrong.
+    pub fn refused(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, problem: Problem { message: message.into(), cause: None }, header: None }
+    }
+
+    /// The client's request is wrong in itself.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::refused(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// There is no such thing. Never to be remembered: it may come at any moment.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::refused(StatusCode::NOT_FOUND, message)
+            .with(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))
+    }
+
+    /// Adds a header to the response.
+    #[must_use]
+    pub fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.header = Some((name, value));
+        self
+    }
+
+    fn internal(status: StatusCode, cause: impl StdError + Send + Sync + 'static) -> Self {
+        let message = status.canonical_reason().unwrap_or("internal error").to_ascii_lowercase();
+        Self { status, problem: Problem { message, cause: Some(Arc::new(cause)) }, header: None }
+    }
+}
+
+impl From<Error> for HttpError {
+    fn from(error: Error) -> Self {
+        // A body that we ended ourselves says so inside.
+        if let Error::Body(source) = &error
+            && let Some(refusal) = BodyError::within(source).map(refusal).or_else(|| CodingError::within(source).map(coding))
+        {
+            return refusal;
+        }
+        let status = status(error.kind());
+        if status.is_server_error() {
+            return Self::internal(status, error);
+        }
+        if status == StatusCode::NOT_FOUND {
+            return Self::not_found(error.to_string());
+        }
+        Self::refused(status, error.chain())
+    }
+}
+
+/// The status of each kind of error.
+const fn status(kind: ErrorKind) -> StatusCode {
+    match kind {
+        ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::Conflict => StatusCode::CONFLICT,
+        ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+        ErrorKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorKind::Full => StatusCode::INSUFFICIENT_STORAGE,
+        // The client went away, or its body broke off: whoever still reads this sent less than announced.
+        ErrorKind::Closed => StatusCode::BAD_REQUEST,
+        // Denied is the bucket refusing this server. Not 403: to Nix that would say that the path does not exist.
+        ErrorKind::Corrupt | ErrorKind::Denied => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn refusal(error: &BodyError) -> HttpError {
+    let status = match error {
+        BodyError::Idle { .. } => StatusCode::REQUEST_TIMEOUT,
+        BodyError::Hash { .. } | BodyError::Broken(_) => StatusCode::BAD_REQUEST,
+    };
+    HttpError::refused(status, error.to_string())
+}
+
+fn coding(error: &CodingError) -> HttpError {
+    let status = match error {
+        CodingError::Malformed { .. } => StatusCode::BAD_REQUEST,
+        CodingError::TooLarge { .. } | CodingError::Expansion { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+    };
+    HttpError::refused(status, chain(error))
+}
+
+/// What reading a body ended in, where the engine is not involved.
+impl From<std::io::Error> for HttpError {
+    fn from(error: std::io::Error) -> Self {
+        Self::from(Error::Body(error))
+    }
+}
+
+impl From<FormatError> for HttpError {
+    fn from(error: FormatError) -> Self {
+        Self::invalid(chain(&error))
+    }
+}
+
+impl From<NarInfoError> for HttpError {
+    fn from(error: NarInfoError) -> Self {
+        Self::invalid(chain(&error))
+    }
+}
+
+impl IntoResponse for HttpError {
+    fn into_response(self) -> Response {
+        let mut response = self.status.into_response();
+        response.extensions_mut().insert(self.problem);
+        if let Some((name, value)) = self.header {
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+}
+
+/// A handler that panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("a handler panicked: {0}")]
+pub struct Panicked(String);
+
+/// The response to a request whose handler panicked.
+#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
+pub fn panicked(payload: Box<dyn Any + Send>) -> Response {
+    let text = payload
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_default();
+    HttpError::internal(StatusCode::INTERNAL_SERVER_ERROR, Panicked(text)).into_response()
+}
+
+/// An error and its causes, on one line.
+pub fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,179 @@
+//! The lake API: what mountd and the `narlake` command ask that Nix's protocol has no words for. Bodies are those of
+//! [`narlake_format::api`].
+//!
+//! It serves the default cache. A pack is given out only to those who may read the cache's trust domain, and named by
+//! its domain in the URL, so that no request crosses one.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use narlake_format::api::{
+    API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse, NDJSON,
+    decode_locate,
+};
+use narlake_format::id::ID_LEN;
+use narlake_format::lake::location::PackRef;
+use narlake_format::lake::record::PathRecord;
+use narlake_format::limits::{CLOSURE_MAX, PACK_MAX};
+use narlake_format::nix::store_path::StorePathHash;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::error::HttpError;
+use super::range::{self, Asked};
+use super::{Shared, State as Parts, body};
+
+/// Largest JSON body of a request: the longest base names, quoted, of the largest closure.
+const JSON_BYTES_MAX: usize = CLOSURE_MAX * 256;
+
+/// Lookups under way at once for one `missing` request.
+const LOOKUPS: usize = 32;
+
+/// `GET info`
+pub async fn info(State(shared): State<Shared>) -> Response {
+    let lake = shared.lake.info();
+    let info = Info {
+        api_version: API_VERSION,
+        lake: lake.lake,
+        store_dir: lake.store_dir.clone(),
+        cache: shared.cache.id(),
+        public_keys: shared.cache.public_keys().to_vec(),
+    };
+    axum::Json(info).into_response()
+}
+
+/// The part of the URL that names a path.
+#[derive(Deserialize)]
+pub struct ByHash {
+    hash: String,
+}
+
+/// `GET paths/<hash>`: the path record itself.
+pub async fn path(
+    State(shared): State<Shared>,
+    Path(ByHash { hash }): Path<ByHash>,
+) -> Result<Response, HttpError> {
+    let hash: StorePathHash = hash.parse().map_err(|_| HttpError::invalid(format!("{hash:?} is not a hash part")))?;
+    let record = shared.lake.lookup(&shared.cache, &hash).await?;
+    let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
+    let text = record.to_text(&shared.lake.info().store_dir);
+    Ok(([(header::CONTENT_TYPE, "text/x-nix-narinfo")], text).into_response())
+}
+
+/// `POST closure`: the records of closures, references first, one JSON document a line.
+pub async fn closure(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
+    let request: ClosureRequest = json(&shared, "/api/v1/closure", &headers, body).await?;
+    bounded("roots", request.roots.len())?;
+    bounded("have", request.have.len())?;
+    let have: HashSet<StorePathHash> = request.have.into_iter().collect();
+    let (records, missing) = shared.lake.closure(&shared.cache, &request.roots).await?;
+    let wanted = records.into_iter().filter(move |record| !have.contains(&record.info().store_path.hash));
+    let mut count = 0;
+    let items = wanted.map(Item::Record).chain(missing.into_iter().map(Item::Missing)).chain([Item::End]);
+    // The text of a line is made when it is sent: all of them together may be far larger than the records.
+    let lines = items.map(move |item| {
+        let line = match item {
+            Item::Record(record) => ClosureLine::Record(record.to_text(&shared.lake.info().store_dir)),
+            Item::Missing(hash) => ClosureLine::Missing(hash),
+            Item::End => ClosureLine::Done(count),
+        };
+        count += 1;
+        let mut text = serde_json::to_vec(&line).map_err(io::Error::other)?;
+        text.push(b'\n');
+        Ok::<_, io::Error>(Bytes::from(text))
+    });
+    Ok(([(header::CONTENT_TYPE, NDJSON)], body::outgoing(stream::iter(lines))).into_response())
+}
+
+/// What a line of the answer is made of.
+enum Item {
+    Record(Arc<PathRecord>),
+    Missing(StorePathHash),
+    End,
+}
+
+/// `POST missing`: which of these paths the cache does not have.
+pub async fn missing(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
+    let request: MissingRequest = json(&shared, "/api/v1/missing", &headers, body).await?;
+    bounded("paths", request.paths.len())?;
+    let shared = &shared;
+    let missing: Vec<_> = stream::iter(request.paths)
+        .map(|path| async move {
+            let found = shared.lake.lookup(&shared.cache, &path.hash).await?;
+            Ok::<_, HttpError>(found.is_none_or(|record| record.info().store_path != path).then_some(path))
+        })
+        .buffered(LOOKUPS)
+        .try_filter_map(async |path| Ok(path))
+        .try_collect()
+        .await?;
+    Ok(axum::Json(MissingResponse { missing }).into_response())
+}
+
+/// `POST locate`: where these blobs are.
+pub async fn locate(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
+    let ids = body::whole(&shared, "/api/v1/locate", &headers, body, LOCATE_MAX * ID_LEN).await?;
+    let ids = decode_locate(&ids)?;
+    let locations = shared.lake.locate(&shared.cache.domain(), &ids);
+    Ok(axum::Json(LocateResponse::new(&locations)).into_response())
+}
+
+/// The parts of the URL that name a pack.
+#[derive(Deserialize)]
+pub struct PackPath {
+    domain: String,
+    id: String,
+}
+
+/// `GET packs/<domain>/<id>` with a range: bytes of a pack.
+pub async fn pack(
+    State(shared): State<Shared>,
+    Path(PackPath { domain, id }): Path<PackPath>,
+    headers: HeaderMap,
+) -> Result<Response, HttpError> {
+    let name = format!("{domain}/{id}");
+    let pack: PackRef = name.parse().map_err(|_| HttpError::invalid(format!("{name:?} does not name a pack")))?;
+    if pack.domain != shared.cache.domain() {
+        return Err(HttpError::not_found(format!("there is no pack {pack}")));
+    }
+    let asked = headers.get(header::RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    // Neither end may be left open: the length of the pack is the bucket's to know.
+    let Asked::Part(range) = range::parse(asked, u64::MAX) else {
+        return Err(HttpError::invalid("packs are read by ranges, bytes=<first>-<last>"));
+    };
+    if range.end - range.start > PACK_MAX as u64 {
+        let message = format!("a range of a pack may have at most {PACK_MAX} bytes");
+        return Err(HttpError::refused(StatusCode::RANGE_NOT_SATISFIABLE, message));
+    }
+    let bytes = shared.lake.read_pack(&pack, range.clone()).await?;
+    let content_range = format!("bytes {}-{}/*", range.start, range.end - 1);
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream"),
+        (header::CONTENT_RANGE, content_range.as_str()),
+        (header::CACHE_CONTROL, "immutable"),
+    ];
+    Ok((StatusCode::PARTIAL_CONTENT, headers, bytes).into_response())
+}
+
+async fn json<T: DeserializeOwned>(
+    state: &Parts,
+    route: &'static str,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<T, HttpError> {
+    let text = body::whole(state, route, headers, body, JSON_BYTES_MAX).await?;
+    serde_json::from_slice(&text).map_err(|error| HttpError::invalid(format!("the body is not what is expected: {error}")))
+}
+
+fn bounded(what: &str, count: usize) -> Result<(), HttpError> {
+    if count <= CLOSURE_MAX {
+        return Ok(());
+    }
+    let message = format!("{what} has {count} items, the limit is {CLOSURE_MAX}");
+    Err(HttpError::refused(StatusCode::PAYLOAD_TOO_LARGE, message))
+}

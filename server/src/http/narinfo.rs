@@ -1,0 +1,51 @@
+//! `<hash>.narinfo`: GET of what is known of a path, PUT as the commit of a push.
+
+use axum::body::Body;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use narlake_format::lake::record::PathRecord;
+use narlake_format::limits::NARINFO_MAX;
+use narlake_format::nix::narinfo::NarInfo;
+use narlake_format::nix::store_path::StorePathHash;
+use narlake_storage::{Cache, Outcome};
+
+use super::error::HttpError;
+use super::{State, body};
+
+const ROUTE: &str = "/{hash}.narinfo";
+
+/// The narinfo of a path, with our signatures, as it is served: the NAR assembled from chunks, not the file uploaded.
+pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Response, HttpError> {
+    let record = state.lake.lookup(cache, &hash).await?;
+    let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
+    Ok(served(state, StatusCode::OK, &record))
+}
+
+/// Publishes a path whose NAR has been uploaded. Answered 201 when the path is new and 200 when it was there; a path
+/// that was there with another NarHash stays as it is.
+pub async fn put(
+    state: &State,
+    cache: &Cache,
+    hash: StorePathHash,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Response, HttpError> {
+    let text = body::whole(state, ROUTE, headers, body, NARINFO_MAX).await?;
+    let info = NarInfo::parse(&state.lake.info().store_dir, &text)?;
+    if info.store_path.hash != hash {
+        let message = format!("the narinfo is of {}, the URL is of {hash}", info.store_path);
+        return Err(HttpError::invalid(message));
+    }
+    let published = state.lake.publish(cache, info, state.signers.keys()).await?;
+    let status = match published.outcome {
+        Outcome::New => StatusCode::CREATED,
+        Outcome::Known | Outcome::NotReproducible => StatusCode::OK,
+    };
+    // The answer shows the signatures: a pusher that remembers its own narinfo would reject the path for lack of them.
+    Ok(served(state, status, &published.record))
+}
+
+fn served(state: &State, status: StatusCode, record: &PathRecord) -> Response {
+    let text = record.info().to_text(&state.lake.info().store_dir);
+    (status, [(header::CONTENT_TYPE, "text/x-nix-narinfo")], text).into_response()
+}

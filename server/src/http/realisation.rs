@@ -1,0 +1,86 @@
+//! Realisations of content-addressed derivations, under both of the URLs that versions of Nix use for them.
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use narlake_format::limits::REALISATION_MAX;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
+use narlake_storage::{Cache, DocumentKey};
+use serde::Deserialize;
+
+use super::error::HttpError;
+use super::target::Target;
+use super::{Shared, body};
+
+/// The part of `realisations/<id>.doi` that names the output.
+#[derive(Deserialize)]
+pub struct ByHash {
+    id: String,
+}
+
+/// The parts of `build-trace-v2/<drv>/<output>.doi` that name it.
+#[derive(Deserialize)]
+pub struct ByPath {
+    drv: String,
+    output: String,
+}
+
+/// GET below `realisations/`.
+pub async fn get(
+    State(shared): State<Shared>,
+    Target(cache): Target,
+    Path(ByHash { id }): Path<ByHash>,
+) -> Result<Response, HttpError> {
+    fetch(&shared, &cache, &format!("realisations/{id}")).await
+}
+
+/// GET below `build-trace-v2/`.
+pub async fn get_by_path(
+    State(shared): State<Shared>,
+    Target(cache): Target,
+    Path(ByPath { drv, output }): Path<ByPath>,
+) -> Result<Response, HttpError> {
+    fetch(&shared, &cache, &format!("build-trace-v2/{drv}/{output}")).await
+}
+
+/// PUT below `realisations/`.
+pub async fn put(
+    State(shared): State<Shared>,
+    Target(cache): Target,
+    Path(ByHash { id }): Path<ByHash>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<StatusCode, HttpError> {
+    let text = body::whole(&shared, "/realisations/{id}", &headers, body, REALISATION_MAX).await?;
+    keep(&shared, &cache, &format!("realisations/{id}"), text).await
+}
+
+/// PUT below `build-trace-v2/`.
+pub async fn put_by_path(
+    State(shared): State<Shared>,
+    Target(cache): Target,
+    Path(ByPath { drv, output }): Path<ByPath>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<StatusCode, HttpError> {
+    let text = body::whole(&shared, "/build-trace-v2/{drv}/{output}", &headers, body, REALISATION_MAX).await?;
+    keep(&shared, &cache, &format!("build-trace-v2/{drv}/{output}"), text).await
+}
+
+fn key(url: &str) -> Result<RealisationKey, HttpError> {
+    url.parse().map_err(|_| HttpError::not_found(format!("{url} does not name a realisation")))
+}
+
+async fn fetch(shared: &Shared, cache: &Cache, url: &str) -> Result<Response, HttpError> {
+    let document = shared.lake.get_document(cache, &DocumentKey::Realisation(key(url)?)).await?;
+    let document = document.ok_or_else(|| HttpError::not_found(format!("there is no {url}")))?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], document).into_response())
+}
+
+async fn keep(shared: &Shared, cache: &Cache, url: &str, text: bytes::Bytes) -> Result<StatusCode, HttpError> {
+    let key = key(url)?;
+    Realisation::parse(&key, &text)?;
+    shared.lake.put_document(cache, &DocumentKey::Realisation(key), text).await?;
+    Ok(StatusCode::CREATED)
+}

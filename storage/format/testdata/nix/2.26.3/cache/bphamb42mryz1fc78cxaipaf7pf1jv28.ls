@@ -1,0 +1,1 @@
+{"root":{"narOffset":96,"size":59,"type":"regular"},"version":1}

@@ -1,0 +1,1 @@
+{"root":{"narOffset":96,"size":51,"type":"regular"},"version":1}

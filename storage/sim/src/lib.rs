@@ -1,0 +1,1 @@
+//! Seeded fault simulation of the narlake storage engine.

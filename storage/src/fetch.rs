@@ -1,0 +1,226 @@
+//! Content by id: where it is, one read for what lies together, verified before anybody sees it.
+//!
+//! A request names blobs. Their places are looked up (one question for all that are not known yet), grouped by frame,
+//! and frames that lie side by side in a pack are read in one range ([`coalesce`]). Each frame is read and decoded by
+//! one flight however many ask for it ([`flight`]); decoded frames stay in a bounded cache, since a reader that wants
+//! one chunk of a frame mostly wants its neighbours next.
+//!
+//! Invariant: bytes leave this module only after they were hashed and found to be what names them, at every call, also
+//! when they come from the cache of frames.
+//!
+//! A pack that is gone, or a frame that does not verify, is looked up anew once within the same deadline: content may
+//! have been moved by compaction (docs/consistency.md, rule 13). Every wait ends at the deadline.
+
+mod coalesce;
+mod flight;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use narlake_format::id::{BlobId, BlobKind};
+use narlake_format::lake::location::{Location, PackRef};
+use quick_cache::sync::Cache;
+
+use self::flight::{Flights, FrameKey};
+use crate::error::{Error, ErrorKind};
+
+/// Where blobs come from: a bucket with an index beside it, or a server.
+#[async_trait]
+pub trait BlobSource: Send + Sync + 'static {
+    /// The place of each id, in order; `None` for one that is nowhere.
+    async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error>;
+
+    /// Bytes `range` of a pack, all of them.
+    async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error>;
+
+    /// The size of a pack, in bytes.
+    async fn size(&self, pack: &PackRef) -> Result<u64, Error>;
+}
+
+/// Limits of a [`Fetcher`].
+#[derive(Debug, Clone)]
+pub struct FetchSettings {
+    /// Time limit of one call.
+    pub deadline: Duration,
+    /// Decoded frames kept, in bytes.
+    pub frame_cache_bytes: u64,
+    /// Places of blobs kept, in number (about 120 bytes each).
+    pub locations_max: usize,
+    /// Reads in flight at once.
+    pub parallel: usize,
+    /// Bytes nobody asked for that one read may run over to join two frames.
+    pub gap_bytes: u64,
+}
+
+impl Default for FetchSettings {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(30),
+            frame_cache_bytes: 64 << 20,
+            locations_max: 200_000,
+            parallel: 16,
+            gap_bytes: 0,
+        }
+    }
+}
+
+/// What a [`Fetcher`] has moved since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FetchStats {
+    /// Ranged reads of packs.
+    pub requests: u64,
+    /// Bytes those reads returned.
+    pub bytes: u64,
+    /// Frames decoded.
+    pub frames: u64,
+}
+
+/// The fetch engine over one source. Cheap to clone; clones share caches and flights.
+#[derive(Clone)]
+pub struct Fetcher {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    source: Arc<dyn BlobSource>,
+    settings: FetchSettings,
+    locations: Cache<BlobId, Location>,
+    flights: Flights,
+    counters: Arc<Counters>,
+}
+
+#[derive(Default)]
+struct Counters {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    frames: AtomicU64,
+}
+
+impl Fetcher {
+    /// A fetch engine over this source.
+    #[must_use]
+    pub fn new(source: Arc<dyn BlobSource>, settings: FetchSettings) -> Self {
+        let counters = Arc::new(Counters::default());
+        let flights = Flights::new(Arc::clone(&source), &settings, Arc::clone(&counters));
+        let locations = Cache::new(settings.locations_max);
+        Self { inner: Arc::new(Inner { source, settings, locations, flights, counters }) }
+    }
+
+    /// What has been moved so far.
+    #[must_use]
+    pub fn stats(&self) -> FetchStats {
+        let counters = &self.inner.counters;
+        FetchStats {
+            requests: counters.requests.load(Ordering::Relaxed),
+            bytes: counters.bytes.load(Ordering::Relaxed),
+            frames: counters.frames.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Learns the places of these blobs with one question, so that later reads need none. Cancel safe.
+    ///
+    /// # Errors
+    /// `Corrupt` where one of them is nowhere; `Unavailable` where the source does not answer in time.
+    pub async fn locate(&self, kind: BlobKind, ids: &[BlobId]) -> Result<(), Error> {
+        let places = self.bounded(ids.first(), self.places(ids.iter().copied())).await?;
+        match ids.iter().find(|id| !places.contains_key(id)) {
+            Some(id) => Err(Error::MissingBlob { kind, id: *id }),
+            None => Ok(()),
+        }
+    }
+
+    /// The bytes of these blobs, verified, in the order asked. Cancel safe: reads that have begun go on for others.
+    ///
+    /// # Errors
+    /// `Corrupt` where a blob is nowhere or does not verify, also when looked up anew; `Unavailable` where the source
+    /// does not answer in time.
+    pub async fn fetch(&self, blobs: &[(BlobKind, BlobId)]) -> Result<Vec<Bytes>, Error> {
+        self.bounded(blobs.first().map(|(_, id)| id), async {
+            match self.attempt(blobs).await {
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {
+                    tracing::warn!(error = error.chain(), "content looked up anew");
+                    self.forget(blobs);
+                    self.attempt(blobs).await
+                }
+                done => done,
+            }
+        })
+        .await
+    }
+
+    async fn bounded<T>(&self, first: Option<&BlobId>, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let deadline = self.inner.settings.deadline;
+        tokio::time::timeout(deadline, work).await.unwrap_or_else(|_| {
+            Err(Error::Deadline {
+                operation: "fetch",
+                key: first.map(BlobId::to_string).unwrap_or_default(),
+                limit_ms: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+            })
+        })
+    }
+
+    async fn attempt(&self, blobs: &[(BlobKind, BlobId)]) -> Result<Vec<Bytes>, Error> {
+        let places = self.places(blobs.iter().map(|(_, id)| *id)).await?;
+        let mut wanted: Vec<(FrameKey, u32)> =
+            places.values().map(|place| (FrameKey::of(place), place.frame_length)).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let frames = self.inner.flights.frames(&wanted).await?;
+        blobs
+            .iter()
+            .map(|(kind, id)| {
+                let place = places.get(id).ok_or(Error::MissingBlob { kind: *kind, id: *id })?;
+                let frame = frames.get(&FrameKey::of(place));
+                let start = place.offset as usize;
+                let span = start..start + place.length as usize;
+                frame
+                    .filter(|frame| frame.len() >= span.end)
+                    .map(|frame| frame.slice(span))
+                    .filter(|bytes| BlobId::of(*kind, bytes) == *id)
+                    .ok_or(Error::DamagedBlob { kind: *kind, id: *id, pack: place.pack, offset: place.frame_offset })
+            })
+            .collect()
+    }
+
+    /// The place of each id, from the cache or the source.
+    async fn places(&self, ids: impl Iterator<Item = BlobId>) -> Result<HashMap<BlobId, Location>, Error> {
+        let mut places = HashMap::new();
+        let mut unknown = Vec::new();
+        for id in ids {
+            match self.inner.locations.get(&id) {
+                Some(place) => {
+                    places.insert(id, place);
+                }
+                None => unknown.push(id),
+            }
+        }
+        unknown.sort_unstable();
+        unknown.dedup();
+        for batch in unknown.chunks(LOCATE_BATCH) {
+            let found = self.inner.source.locate(batch).await?;
+            for (id, place) in batch.iter().zip(found) {
+                if let Some(place) = place {
+                    self.inner.locations.insert(*id, place);
+                    places.insert(*id, place);
+                }
+            }
+        }
+        Ok(places)
+    }
+
+    fn forget(&self, blobs: &[(BlobKind, BlobId)]) {
+        for (_, id) in blobs {
+            if let Some((_, place)) = self.inner.locations.remove(id) {
+                self.inner.flights.forget(&FrameKey::of(&place));
+            }
+        }
+    }
+}
+
+/// Ids in one question to the source.
+const LOCATE_BATCH: usize = 16 * 1024;

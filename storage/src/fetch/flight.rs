@@ -1,0 +1,234 @@
+//! One read per frame, however many wait for it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+use narlake_format::error::FormatError;
+use narlake_format::lake::frame::{BaseWindow, FrameDecoder, FrameHeader};
+use narlake_format::lake::keys;
+use narlake_format::lake::location::{Location, PackRef};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use tokio::sync::Semaphore;
+
+use super::coalesce::{Span, coalesce};
+use super::{BlobSource, Counters, FetchSettings};
+use crate::error::{Error, ErrorKind};
+use crate::pack;
+
+/// A frame, by where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct FrameKey {
+    pub(super) pack: PackRef,
+    pub(super) offset: u32,
+}
+
+impl FrameKey {
+    pub(super) fn of(place: &Location) -> Self {
+        Self { pack: place.pack, offset: place.frame_offset }
+    }
+}
+
+/// Decoded frames of one read, or why there are none. Shared by all who wait, so errors are kept by reference.
+type Landing = Result<Arc<HashMap<FrameKey, Bytes>>, Arc<Error>>;
+type Flight = Shared<BoxFuture<'static, Landing>>;
+
+pub(super) struct Flights {
+    shared: Arc<Tower>,
+}
+
+/// What flights need while they run, apart from those who wait for them.
+struct Tower {
+    source: Arc<dyn BlobSource>,
+    gap_bytes: u64,
+    permits: Semaphore,
+    decoded: Cache<FrameKey, Bytes, ByLength>,
+    // Held for a look-up or an insert only, never across an await.
+    flying: Mutex<HashMap<FrameKey, Flight>>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<FrameKey, Bytes> for ByLength {
+    fn weight(&self, _: &FrameKey, frame: &Bytes) -> u64 {
+        frame.len() as u64 + 128
+    }
+}
+
+impl Flights {
+    pub(super) fn new(source: Arc<dyn BlobSource>, settings: &FetchSettings, counters: Arc<Counters>) -> Self {
+        let items = usize::try_from(settings.frame_cache_bytes / (256 << 10)).unwrap_or(usize::MAX).max(16);
+        let shared = Arc::new(Tower {
+            source,
+            gap_bytes: settings.gap_bytes,
+            permits: Semaphore::new(settings.parallel.max(1)),
+            decoded: Cache::with_weighter(items, settings.frame_cache_bytes, ByLength),
+            flying: Mutex::default(),
+            counters,
+        });
+        Self { shared }
+    }
+
+    /// The decoded content of these frames (sorted, each with its stored length).
+    pub(super) async fn frames(&self, wanted: &[(FrameKey, u32)]) -> Result<HashMap<FrameKey, Bytes>, Error> {
+        let mut landed = HashMap::new();
+        let mut waits: Vec<Flight> = Vec::new();
+        let mut start: Vec<(FrameKey, u32)> = Vec::new();
+        {
+            let mut flying = self.shared.flying.lock().unwrap_or_else(PoisonError::into_inner);
+            for &(key, length) in wanted {
+                if let Some(frame) = self.shared.decoded.get(&key) {
+                    landed.insert(key, frame);
+                } else if let Some(flight) = flying.get(&key) {
+                    waits.push(flight.clone());
+                } else {
+                    start.push((key, length));
+                }
+            }
+            for (pack, spans) in by_pack(&start) {
+                for (range, group) in coalesce(&spans, self.shared.gap_bytes) {
+                    let keys: Vec<FrameKey> =
+                        group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
+                    let flight = Arc::clone(&self.shared).depart(pack, range, group);
+                    flying.extend(keys.into_iter().map(|key| (key, flight.clone())));
+                    waits.push(flight);
+                }
+            }
+        }
+        for landing in futures::future::join_all(waits).await {
+            match landing {
+                Ok(frames) => landed.extend(frames.iter().map(|(key, frame)| (*key, frame.clone()))),
+                Err(error) => return Err(copy_of(&error)),
+            }
+        }
+        Ok(landed)
+    }
+
+    /// Drops a decoded frame, because something in it did not verify.
+    pub(super) fn forget(&self, key: &FrameKey) {
+        self.shared.decoded.remove(key);
+    }
+}
+
+impl Tower {
+    /// Starts one read. It runs as a task of its own, so that it lands even if all who waited have gone.
+    fn depart(self: Arc<Self>, pack: PackRef, range: Range<u64>, group: Vec<Span>) -> Flight {
+        let task = tokio::spawn(async move {
+            let landing = self.fly(pack, range, &group).await.map(Arc::new).map_err(Arc::new);
+            let mut flying = self.flying.lock().unwrap_or_else(PoisonError::into_inner);
+            for span in &group {
+                flying.remove(&FrameKey { pack, offset: span.offset });
+            }
+            landing
+        });
+        task.map(|joined| joined.unwrap_or_else(|_| Err(Arc::new(Error::Stopped("fetch task"))))).boxed().shared()
+    }
+
+    async fn fly(&self, pack: PackRef, range: Range<u64>, group: &[Span]) -> Result<HashMap<FrameKey, Bytes>, Error> {
+        let permit = self.permits.acquire().await.map_err(|_| Error::Stopped("fetch"))?;
+        let start = range.start;
+        let bytes = self.read(pack, range).await?;
+        drop(permit);
+        let mut frames = HashMap::with_capacity(group.len());
+        for span in group {
+            let at = usize::try_from(u64::from(span.offset) - start).unwrap_or(usize::MAX);
+            let stored = at
+                .checked_add(span.length as usize)
+                .filter(|end| *end <= bytes.len())
+                .map(|end| bytes.slice(at..end))
+                .ok_or_else(|| short(&pack, span.offset))?;
+            let content = self.decode(pack, span.offset, stored).await?;
+            let key = FrameKey { pack, offset: span.offset };
+            self.counters.frames.fetch_add(1, Ordering::Relaxed);
+            self.decoded.insert(key, content.clone());
+            frames.insert(key, content);
+        }
+        Ok(frames)
+    }
+
+    async fn decode(&self, pack: PackRef, offset: u32, stored: Bytes) -> Result<Bytes, Error> {
+        let at = format!("{} frame at {offset}", keys::pack(&pack));
+        let header = FrameHeader::decode(&stored).map_err(Error::format(at.clone()))?;
+        let base = match header.base {
+            None => Vec::new(),
+            Some((window, _)) => self.base(pack, window).await?,
+        };
+        // A frame takes about 0.2 ms to decode: too long for a thread that others wait for.
+        tokio::task::spawn_blocking(move || decode_with(&stored, &base).map(Bytes::from))
+            .await
+            .map_err(|_| Error::Stopped("frame decoder"))?
+            .map_err(Error::format(at))
+    }
+
+    /// The content of a delta's base: up to four plain frames of the same pack, found through the pack's footer.
+    async fn base(&self, pack: PackRef, window: BaseWindow) -> Result<Vec<Vec<u8>>, Error> {
+        let size = self.source.size(&pack).await?;
+        let footer = pack::read_footer(&keys::pack(&pack), size, |range| self.read(pack, range)).await?;
+        let mut contents = Vec::new();
+        for number in window.frames() {
+            let place = usize::try_from(number).ok().and_then(|n| footer.frames().get(n)).ok_or_else(|| short(&pack, 0))?.place;
+            let start = u64::from(place.offset);
+            let stored = self.read(pack, start..start + u64::from(place.length)).await?;
+            let at = format!("{} frame at {start}", keys::pack(&pack));
+            contents.push(FrameDecoder::new().decode(&stored).map_err(Error::format(at))?);
+        }
+        Ok(contents)
+    }
+
+    async fn read(&self, pack: PackRef, range: Range<u64>) -> Result<Bytes, Error> {
+        let bytes = self.source.read(&pack, range).await?;
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.counters.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+}
+
+thread_local! {
+    /// A decompressor for each thread that decodes.
+    static DECODER: RefCell<FrameDecoder> = RefCell::new(FrameDecoder::new());
+}
+
+fn decode_with(stored: &[u8], base: &[Vec<u8>]) -> Result<Vec<u8>, FormatError> {
+    DECODER.with_borrow_mut(|decoder| {
+        if base.is_empty() {
+            decoder.decode(stored)
+        } else {
+            let base: Vec<&[u8]> = base.iter().map(Vec::as_slice).collect();
+            decoder.decode_delta(stored, &base)
+        }
+    })
+}
+
+fn by_pack(sorted: &[(FrameKey, u32)]) -> Vec<(PackRef, Vec<Span>)> {
+    let mut packs: Vec<(PackRef, Vec<Span>)> = Vec::new();
+    for &(key, length) in sorted {
+        let span = Span { offset: key.offset, length };
+        match packs.last_mut() {
+            Some((pack, spans)) if *pack == key.pack => spans.push(span),
+            _ => packs.push((key.pack, vec![span])),
+        }
+    }
+    packs
+}
+
+fn short(pack: &PackRef, offset: u32) -> Error {
+    Error::Bucket {
+        operation: "read",
+        key: keys::pack(pack),
+        kind: ErrorKind::Corrupt,
+        source: format!("the pack ends inside the frame at {offset}").into(),
+    }
+}
+
+/// An error for each of those who waited for one flight: the same kind, key and text.
+fn copy_of(error: &Arc<Error>) -> Error {
+    Error::Bucket { operation: "fetch", key: String::new(), kind: error.kind(), source: error.chain().into() }
+}

@@ -1,0 +1,147 @@
+//! The index from nothing: segments of the bucket, then the footers of packs that no segment covers.
+
+use std::collections::HashSet;
+use std::sync::PoisonError;
+
+use futures::{StreamExt, TryStreamExt};
+use narlake_format::id::SegmentId;
+use narlake_format::lake::keys;
+use narlake_format::lake::location::PackRef;
+use narlake_format::lake::pack::PackFooter;
+use narlake_format::lake::segment::Segment;
+
+use super::map::MappedFile;
+use super::Index;
+use crate::bucket::{Bucket, ObjectInfo};
+use crate::error::{Error, ErrorKind};
+use crate::pack;
+
+/// Objects read at once.
+const PARALLEL: usize = 16;
+/// Packs between two lines of progress in the log.
+const PROGRESS_PACKS: usize = 500;
+
+impl Index {
+    pub(super) async fn rebuild(&self) -> Result<(), Error> {
+        // Packs before segments: a segment written in between then covers packs that are read twice, never too few.
+        let packs: Vec<(PackRef, ObjectInfo)> = self
+            .bucket
+            .list(keys::PACKS, None)
+            .await?
+            .into_iter()
+            .filter_map(|object| Some((keys::parse_pack(&object.key)?, object)))
+            .collect();
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).packs = packs.iter().map(|(pack, _)| *pack).collect();
+        let covered = self.load_segments().await?;
+        self.forget_lost_packs(&packs)?;
+        let uncovered: Vec<_> = packs.into_iter().filter(|(pack, _)| !covered.contains(pack)).collect();
+        let total = uncovered.len();
+        if total > 0 {
+            tracing::info!(packs = total, "reading the footers of packs that no segment covers");
+        }
+        let mut footers = futures::stream::iter(uncovered)
+            .map(|(pack, object)| async move { (pack, object.size, footer_of(&self.bucket, &object).await) })
+            .buffer_unordered(PARALLEL)
+            .enumerate();
+        while let Some((done, (pack, size, footer))) = footers.next().await {
+            match footer {
+                Ok(footer) => self.add(pack, size, footer.locations(pack)),
+                // Its content is a miss then; what refers to it is reported by those who read it.
+                Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => {
+                    self.metrics.verification_failures.inc();
+                    tracing::error!(pack = %keys::pack(&pack), error = error.chain(), "pack left out of the index");
+                }
+                Err(error) => return Err(error),
+            }
+            if (done + 1) % PROGRESS_PACKS == 0 {
+                tracing::info!(done = done + 1, total, "rebuilding the index");
+            }
+            self.flush_full().await?;
+        }
+        self.report();
+        Ok(())
+    }
+
+    /// Loads every segment of the bucket and says which packs they cover.
+    async fn load_segments(&self) -> Result<HashSet<PackRef>, Error> {
+        let listed: Vec<SegmentId> = self
+            .bucket
+            .list(keys::SEGMENTS, None)
+            .await?
+            .into_iter()
+            .filter_map(|object| keys::parse_segment(&object.key).filter(|(level, _)| *level == 0))
+            .map(|(_, id)| id)
+            .collect();
+        self.drop_stale_copies(&listed)?;
+        let segments: Vec<Option<Segment<MappedFile>>> = futures::stream::iter(listed)
+            .map(|id| async move { self.load_or_fetch(&id).await })
+            .buffered(PARALLEL)
+            .try_collect()
+            .await?;
+        let mut covered = HashSet::new();
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        for segment in segments.into_iter().flatten() {
+            covered.extend(segment.packs().iter().copied());
+            if let Some(pack) = segment.packs().first() {
+                let domain = pack.domain;
+                tables.domains.entry(domain).or_default().segments.push(segment);
+            }
+        }
+        Ok(covered)
+    }
+
+    /// The local copy of a segment if it is whole, else that of the bucket. A segment that is damaged in the bucket is
+    /// left out: the footers of its packs are read instead.
+    async fn load_or_fetch(&self, id: &SegmentId) -> Result<Option<Segment<MappedFile>>, Error> {
+        let path = self.directory.join(id.to_string());
+        if let Ok(mapped) = MappedFile::open(&path)
+            && let Ok(segment) = Segment::open(mapped)
+        {
+            return Ok(Some(segment));
+        }
+        let bytes = match self.bucket.get(&keys::segment(0, id)).await {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match self.load(id, &bytes) {
+            Ok(segment) => Ok(Some(segment)),
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::error!(segment = %id, error = error.chain(), "segment left out of the index");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn drop_stale_copies(&self, listed: &[SegmentId]) -> Result<(), Error> {
+        let listed: HashSet<String> = listed.iter().map(SegmentId::to_string).collect();
+        let entries =
+            std::fs::read_dir(&self.directory).map_err(|e| Error::state("list segments", &self.directory, e))?;
+        for entry in entries.flatten() {
+            if !entry.file_name().to_str().is_some_and(|name| listed.contains(name)) {
+                // Only copies live here; what cannot be removed merely stays.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_lost_packs(&self, packs: &[(PackRef, ObjectInfo)]) -> Result<(), Error> {
+        let there: HashSet<&str> = packs.iter().map(|(_, object)| object.key.as_str()).collect();
+        for pair in self.kv.packs.iter() {
+            let (key, _) = pair?;
+            if !std::str::from_utf8(&key).is_ok_and(|key| there.contains(key)) {
+                self.kv.packs.remove(&key)?;
+            }
+        }
+        for (_, object) in packs {
+            self.kv.packs.put(object.key.as_bytes(), &object.size.to_le_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+async fn footer_of(bucket: &Bucket, object: &ObjectInfo) -> Result<PackFooter, Error> {
+    pack::read_footer(&object.key, object.size, |range| bucket.get_range(&object.key, range)).await
+}

@@ -1,0 +1,130 @@
+//! A NAR comes in: read strictly, scrubbed, cut, deduplicated, compressed, packed.
+//!
+//! ```text
+//! stream -+-> NarHash (own thread)
+//!         +-> cutter (own thread): nar::Reader -> Scrubber -> Chunker -> known? -> frames -> CpuPool -> open pack
+//!                                                     \-> ManifestWriter -> parts -> frames ---/
+//! ```
+//!
+//! Memory is bounded whatever the NAR's size: queues between the stages are short and block, so a slow bucket slows the
+//! client down. When [`ingest`] returns, everything it names is in the bucket; nothing is visible to anybody yet, that
+//! is up to `publish`.
+
+mod cutter;
+mod outlet;
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use narlake_format::id::{ManifestId, TableId};
+use narlake_format::lake::location::{Domain, PackRef};
+use narlake_format::lake::strings::StringTable;
+use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::store_path::StoreDir;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+
+use self::cutter::{Cut, Cutter};
+use crate::cpu::CpuPool;
+use crate::error::Error;
+use crate::index::Index;
+use crate::metrics::Metrics;
+use crate::pack::writer::PackWriter;
+
+/// Buffers of the client's that may wait before a stage.
+const QUEUE: usize = 16;
+
+/// What one NAR came to.
+#[derive(Debug, Clone)]
+pub struct Ingested {
+    /// SHA-256 of the NAR.
+    pub nar_hash: Sha256Hash,
+    /// Bytes of the NAR.
+    pub nar_size: u64,
+    /// The tree.
+    pub manifest: ManifestId,
+    /// What scrubbing took out.
+    pub table: TableId,
+    /// The same, itself.
+    pub strings: StringTable,
+    /// Every pack relied on, new or old, sorted.
+    pub packs: Vec<PackRef>,
+    /// What was new and what was known.
+    pub stats: IngestStats,
+}
+
+/// What was new in one NAR and what was known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IngestStats {
+    /// Chunks that the lake did not have.
+    pub chunks_new: u64,
+    /// Chunks that it had, or that this NAR repeats.
+    pub chunks_known: u64,
+    /// Bytes of new chunks.
+    pub bytes_new: u64,
+    /// Bytes of new chunks, manifest parts and tables as stored, compressed.
+    pub bytes_stored: u64,
+}
+
+/// The parts of the engine that taking in a NAR needs.
+#[derive(Clone)]
+pub(crate) struct Intake {
+    pub(crate) store_dir: StoreDir,
+    pub(crate) nar_size_max: u64,
+    pub(crate) index: Arc<Index>,
+    pub(crate) writer: PackWriter,
+    pub(crate) cpu: Arc<CpuPool>,
+    pub(crate) metrics: Metrics,
+}
+
+impl Intake {
+    /// Takes a NAR in. Dropped midway it leaves unreferenced bytes at most.
+    ///
+    /// # Errors
+    /// `Invalid` for a malformed NAR, `TooLarge` for one that does not end in time, `Closed` where the stream breaks
+    /// off, the bucket's own where a pack cannot be written.
+    pub(crate) async fn ingest<S>(&self, domain: Domain, mut nar: S) -> Result<Ingested, Error>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Unpin,
+    {
+        let start = tokio::time::Instant::now();
+        let (to_hash, hash_input) = mpsc::channel(QUEUE);
+        let (to_cut, cut_input) = mpsc::channel(QUEUE);
+        let hashing = tokio::task::spawn_blocking(move || hash(hash_input));
+        let cutter = Cutter::new(self, self.writer.begin(domain));
+        let cutting = tokio::task::spawn_blocking(move || cutter.run(cut_input));
+        while let Some(bytes) = nar.next().await {
+            let bytes = bytes.map_err(Error::Body)?;
+            // A stage that has stopped says why when it is joined.
+            if to_cut.send(bytes.clone()).await.is_err() || to_hash.send(bytes).await.is_err() {
+                break;
+            }
+        }
+        drop((to_cut, to_hash));
+        let Cut { finished, strings, nar_size, stats, outlet, relied } =
+            cutting.await.map_err(|_| Error::Stopped("cutter"))??;
+        let nar_hash = hashing.await.map_err(|_| Error::Stopped("hasher"))?;
+        let (session, pending, bytes_stored) = outlet.close()?;
+        let mut packs = session.commit(pending).await?;
+        packs.extend(relied);
+        packs.sort_unstable();
+        packs.dedup();
+        let stats = IngestStats { bytes_stored, ..stats };
+        self.metrics.ingest_nar_bytes.inc_by(nar_size);
+        self.metrics.ingest_chunks.with_label_values(&["new"]).inc_by(stats.chunks_new);
+        self.metrics.ingest_chunks.with_label_values(&["known"]).inc_by(stats.chunks_known);
+        self.metrics.ingest_new_bytes.inc_by(stats.bytes_new);
+        self.metrics.ingest_seconds.observe(start.elapsed().as_secs_f64());
+        Ok(Ingested { nar_hash, nar_size, manifest: finished, table: strings.id(), strings, packs, stats })
+    }
+}
+
+fn hash(mut input: mpsc::Receiver<Bytes>) -> Sha256Hash {
+    let mut hasher = Sha256::new();
+    while let Some(bytes) = input.blocking_recv() {
+        hasher.update(&bytes);
+    }
+    Sha256Hash::from_bytes(hasher.finalize().into())
+}

@@ -1,0 +1,180 @@
+//! Path records: what makes a store path visible.
+//!
+//! A record is written in *generations*, create-only objects under one prefix per path, so that a delete can never meet
+//! a newer write. The oldest generation fixes what the path is (NarHash, manifest); served is the newest that agrees
+//! with it (docs/consistency.md, rules 2 and 3).
+//!
+//! Records seen are kept in memory and in the local state. What is not known locally is looked for in the bucket before
+//! anybody hears "no"; and whoever acknowledges a push asks the bucket itself ([`Records::from_bucket`]).
+
+use std::sync::Arc;
+
+use narlake_format::id::{CacheId, GenerationId};
+use narlake_format::lake::config::CacheDocument;
+use narlake_format::lake::keys::{self, Key};
+use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::signature::PublicKey;
+use narlake_format::nix::store_path::{StoreDir, StorePathHash};
+use quick_cache::sync::Cache as MemoryCache;
+
+use crate::bucket::Bucket;
+use crate::error::{Error, ErrorKind};
+use crate::kv::Kv;
+use crate::mint::Mint;
+
+/// Records kept in memory, in number (about 1 KB each).
+const MEMORY_MAX: usize = 50_000;
+
+/// A cache of the lake, as far as reading and writing paths needs it.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    pub(crate) id: CacheId,
+    pub(crate) document: Arc<CacheDocument>,
+}
+
+impl Cache {
+    /// The id under which its records live.
+    #[must_use]
+    pub fn id(&self) -> CacheId {
+        self.id
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn document(&self) -> &CacheDocument {
+        &self.document
+    }
+
+    /// The trust domain that its content is stored in.
+    #[must_use]
+    pub fn domain(&self) -> narlake_format::lake::location::Domain {
+        self.document.domain(self.id)
+    }
+
+    /// The keys whose signatures make its records believed.
+    #[must_use]
+    pub fn public_keys(&self) -> &[PublicKey] {
+        &self.document.public_keys
+    }
+}
+
+/// The records of all caches.
+pub(crate) struct Records {
+    store_dir: StoreDir,
+    bucket: Bucket,
+    kv: Kv,
+    mint: Mint,
+    memory: MemoryCache<(CacheId, StorePathHash), Arc<PathRecord>>,
+}
+
+impl Records {
+    pub(crate) fn new(store_dir: StoreDir, bucket: Bucket, kv: Kv, mint: Mint) -> Self {
+        Self { store_dir, bucket, kv, mint, memory: MemoryCache::new(MEMORY_MAX) }
+    }
+
+    /// The record of a path, from the nearest place that has it.
+    pub(crate) async fn lookup(&self, cache: &Cache, hash: &StorePathHash) -> Result<Option<Arc<PathRecord>>, Error> {
+        if let Some(record) = self.memory.get(&(cache.id, *hash)) {
+            return Ok(Some(record));
+        }
+        if let Some(record) = self.from_state(cache, hash) {
+            self.memory.insert((cache.id, *hash), Arc::clone(&record));
+            return Ok(Some(record));
+        }
+        self.from_bucket(cache, hash).await
+    }
+
+    /// The record of a path as the bucket has it now.
+    pub(crate) async fn from_bucket(&self, cache: &Cache, hash: &StorePathHash) -> Result<Option<Arc<PathRecord>>, Error> {
+        let mut oldest: Option<PathRecord> = None;
+        let mut served = None;
+        for object in self.bucket.list(&keys::path_generations(&cache.id, hash), None).await? {
+            if !matches!(object.key.parse(), Ok(Key::PathRecord(..))) {
+                continue;
+            }
+            let bytes = match self.bucket.get(&object.key).await {
+                Ok(bytes) => bytes,
+                // Deleted between the listing and the read: it was not the one that counts.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let record = self.parse(cache, hash, &object.key, &bytes)?;
+            match &oldest {
+                Some(first) if !same_content(first, &record) => {}
+                Some(_) => served = Some(record),
+                None => {
+                    oldest = Some(record.clone());
+                    served = Some(record);
+                }
+            }
+        }
+        Ok(served.map(|record| self.remember(cache, record)))
+    }
+
+    /// Writes a record as a new generation: the commit point of a push.
+    ///
+    /// Not cancel safe: a dropped write may still happen, and then the path is visible, whole.
+    pub(crate) async fn publish(&self, cache: &Cache, record: PathRecord) -> Result<(String, Arc<PathRecord>), Error> {
+        let generation = GenerationId(self.mint.ulid());
+        let hash = record.info().store_path.hash;
+        let key = keys::path_record(&cache.id, &hash, &generation);
+        self.bucket.put_new(&key, record.to_text(&self.store_dir).into_bytes()).await?;
+        Ok((key, self.remember(cache, record)))
+    }
+
+    /// Takes back a record just written, because what it relied on went away meanwhile.
+    pub(crate) async fn withdraw(&self, cache: &Cache, hash: &StorePathHash, key: &str) -> Result<(), Error> {
+        self.memory.remove(&(cache.id, *hash));
+        self.kv.records.remove(&state_key(cache, hash))?;
+        self.bucket.delete(key).await
+    }
+
+    /// How many records are known here.
+    pub(crate) fn known(&self) -> usize {
+        self.kv.records.len()
+    }
+
+    /// Checks a record read from the bucket: it is the path's, and one of the cache's keys signed all of it.
+    fn parse(&self, cache: &Cache, hash: &StorePathHash, key: &str, bytes: &[u8]) -> Result<PathRecord, Error> {
+        let wrong = |source: Box<dyn std::error::Error + Send + Sync>| Error::Bucket {
+            operation: "decode",
+            key: key.to_owned(),
+            kind: ErrorKind::Corrupt,
+            source,
+        };
+        let record = PathRecord::parse(&self.store_dir, bytes).map_err(|e| wrong(Box::new(e)))?;
+        if record.info().store_path.hash != *hash {
+            return Err(wrong("the record is of another path".into()));
+        }
+        if !record.is_signed_by(&self.store_dir, cache.public_keys()) {
+            return Err(wrong("none of the cache's keys signed this record".into()));
+        }
+        Ok(record)
+    }
+
+    fn from_state(&self, cache: &Cache, hash: &StorePathHash) -> Option<Arc<PathRecord>> {
+        let bytes = self.kv.records.get(&state_key(cache, hash)).ok()??;
+        // Local state is derived: what does not check is as good as absent.
+        self.parse(cache, hash, "local state", &bytes).ok().map(Arc::new)
+    }
+
+    fn remember(&self, cache: &Cache, record: PathRecord) -> Arc<PathRecord> {
+        let hash = record.info().store_path.hash;
+        let text = record.to_text(&self.store_dir);
+        if let Err(error) = self.kv.records.put(&state_key(cache, &hash), text.as_bytes()) {
+            tracing::warn!(path = %record.info().store_path, error = error.chain(), "record not kept in local state");
+        }
+        let record = Arc::new(record);
+        self.memory.insert((cache.id, hash), Arc::clone(&record));
+        record
+    }
+}
+
+/// Whether two generations are the same path content.
+pub(crate) fn same_content(a: &PathRecord, b: &PathRecord) -> bool {
+    a.info().nar_hash == b.info().nar_hash && a.manifest() == b.manifest() && a.table() == b.table()
+}
+
+fn state_key(cache: &Cache, hash: &StorePathHash) -> Vec<u8> {
+    format!("{}/{hash}", cache.id).into_bytes()
+}

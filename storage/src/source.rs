@@ -1,0 +1,46 @@
+//! The lake's own source of content: the index and the bucket, for one trust domain.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use narlake_format::id::BlobId;
+use narlake_format::lake::keys;
+use narlake_format::lake::location::{Domain, Location, PackRef};
+
+use crate::bucket::Bucket;
+use crate::error::{Error, ErrorKind};
+use crate::fetch::BlobSource;
+use crate::index::Index;
+
+/// Content of one domain.
+pub(crate) struct BucketSource {
+    pub(crate) domain: Domain,
+    pub(crate) index: Arc<Index>,
+    pub(crate) bucket: Bucket,
+}
+
+#[async_trait]
+impl BlobSource for BucketSource {
+    async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
+        Ok(self.index.get_many(&self.domain, ids))
+    }
+
+    async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
+        self.bucket.get_range(&keys::pack(pack), range).await
+    }
+
+    async fn size(&self, pack: &PackRef) -> Result<u64, Error> {
+        let key = keys::pack(pack);
+        match self.bucket.head(&key).await? {
+            Some(object) => Ok(object.size),
+            None => Err(Error::Bucket {
+                operation: "look at",
+                key,
+                kind: ErrorKind::NotFound,
+                source: "there is no such pack".into(),
+            }),
+        }
+    }
+}

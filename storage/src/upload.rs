@@ -1,0 +1,94 @@
+//! NARs that wait for their narinfo.
+//!
+//! A Nix client sends a path in two requests that may reach two servers. In between, an upload document in the bucket
+//! holds what the NAR came to; it counts for a day (docs/consistency.md, rule 5). After the path is published, the name
+//! under which its NAR was uploaded stays resolvable, since the client remembers it for 30 days (rule 18).
+
+use narlake_format::id::{CacheId, UploadId};
+use narlake_format::lake::config::{Document as _, FileDocument, UploadDocument};
+use narlake_format::lake::keys;
+use narlake_format::nix::compression::Compression;
+use narlake_format::nix::hash::Sha256Hash;
+
+use crate::bucket::{Bucket, decode_document};
+use crate::error::{Error, ErrorKind};
+use crate::mint::Mint;
+
+/// How long an upload counts, in milliseconds of the bucket's clock.
+const LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// The name under which a client uploads a NAR: the hash of the bytes it sends, and how it compressed them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct UploadName {
+    /// SHA-256 of the file uploaded, compressed as it is.
+    pub file_hash: Sha256Hash,
+    /// How the NAR in it is compressed.
+    pub compression: Compression,
+}
+
+impl UploadName {
+    /// Reads the `URL` of a narinfo, `nar/<hash in nix32>.nar[.<suffix>]`; `None` for any other.
+    #[must_use]
+    pub fn parse(url: &str) -> Option<Self> {
+        let (hash, suffix) = url.strip_prefix("nar/")?.split_once(".nar")?;
+        Some(Self { file_hash: Sha256Hash::parse_base32(hash).ok()?, compression: Compression::from_suffix(suffix)? })
+    }
+}
+
+/// The uploads of all caches.
+pub(crate) struct Uploads {
+    bucket: Bucket,
+    mint: Mint,
+}
+
+impl Uploads {
+    pub(crate) fn new(bucket: Bucket, mint: Mint) -> Self {
+        Self { bucket, mint }
+    }
+
+    /// Remembers an upload. Everything it names is in the bucket.
+    pub(crate) async fn keep(&self, cache: CacheId, name: &UploadName, upload: &UploadDocument) -> Result<(), Error> {
+        let key = keys::upload(&cache, &name.file_hash, &UploadId(self.mint.ulid()));
+        self.bucket.put_new(&key, upload.encode()).await.map(|_| ())
+    }
+
+    /// The newest upload of this name that still counts.
+    pub(crate) async fn find(&self, cache: CacheId, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
+        let prefix = keys::uploads(&cache, &name.file_hash);
+        let oldest_ms = self.mint.now_ms().saturating_sub(LIFETIME_MS);
+        for object in self.bucket.list(&prefix, None).await?.into_iter().rev() {
+            if object.modified_ms < oldest_ms {
+                continue;
+            }
+            if let Some(bytes) = found(self.bucket.get(&object.key).await)? {
+                return decode_document(&object.key, &bytes).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Remembers which path an upload became.
+    pub(crate) async fn became(&self, cache: CacheId, name: &UploadName, file: &FileDocument) -> Result<(), Error> {
+        let key = keys::file(&cache, &name.file_hash);
+        match self.bucket.put_new(&key, file.encode()).await {
+            // The same bytes were uploaded for another path before; one path to resolve the name to is enough.
+            Err(error) if error.kind() == ErrorKind::Conflict => Ok(()),
+            done => done.map(|_| ()),
+        }
+    }
+
+    /// Which path an upload became.
+    pub(crate) async fn path_of(&self, cache: CacheId, name: &UploadName) -> Result<Option<FileDocument>, Error> {
+        let key = keys::file(&cache, &name.file_hash);
+        found(self.bucket.get(&key).await)?.map(|bytes| decode_document(&key, &bytes)).transpose()
+    }
+}
+
+/// Absence as `None`.
+pub(crate) fn found<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
