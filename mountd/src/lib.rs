@@ -1,1 +1,39 @@
 //! The narlake worker daemon: lazy FUSE views of a lake.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`app`] | the daemon, its parts in start order |
+//! | [`cli`], [`config`] | what it is told |
+//! | [`fuse`] | the kernel: mount, messages, unmount |
+//! | [`fs`] | the file system: names and nodeids in, attributes and bytes out |
+//! | [`view`] | which store paths there are, and what the kernel believes about them |
+//! | [`reader`] | a file's range to its bytes |
+//! | [`cache`] | file content on the local disk |
+//! | [`remote`], [`trust`] | the server, and whether it is believed |
+//! | [`overlay`] | overlays over the mount |
+//! | [`nix_socket`] | what Nix asks its lower store |
+//! | [`control`] | what the `narlake` command asks |
+//! | [`metrics`], [`metrics_page`] | what it counts |
+//!
+//! A lazy read goes through [`fuse`], [`fs`], [`reader`], then [`cache`] or [`remote`]. Only [`fuse`] names fuser, and
+//! nothing below it knows the kernel.
+
+pub mod app;
+pub mod cache;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod error;
+pub mod fs;
+pub mod fuse;
+pub mod metrics;
+pub mod metrics_page;
+pub mod mountinfo;
+pub mod nix_socket;
+pub mod notify;
+pub mod overlay;
+pub mod reader;
+pub mod remote;
+pub mod shutdown;
+pub mod trust;
+pub mod view;

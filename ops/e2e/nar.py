@@ -36,10 +36,11 @@ class Link:
 
 
 def node(tree):
-    """bytes are a file, a dict is a directory, in the order it has; then Executable and Link."""
-    if isinstance(tree, dict):
+    """bytes are a file; a dict, or a list of pairs, is a directory in the order it has; then Executable and Link."""
+    if isinstance(tree, (dict, list)):
+        pairs = tree.items() if isinstance(tree, dict) else tree
         entries = b"".join(string("entry") + string("(") + string("name") + string(name) + string("node") + node(inner)
-                           + string(")") for name, inner in tree.items())
+                           + string(")") for name, inner in pairs)
         inside = string("type") + string("directory") + entries
     elif isinstance(tree, Link):
         inside = string("type") + string("symlink") + string("target") + string(tree.target)
@@ -54,6 +55,11 @@ def nar(tree):
     return string("nix-archive-1") + node(tree)
 
 
+def beginning(size):
+    """The NAR of one file, up to its content."""
+    return string("nix-archive-1") + node(b"")[:-len(string("") + string(")"))] + size.to_bytes(8, "little")
+
+
 @dataclasses.dataclass
 class Path:
     """A store path with its NAR, as a client would push it. The fields of `lies` replace those of the narinfo."""
@@ -62,16 +68,15 @@ class Path:
     nar: bytes
     references: tuple = ()
     compression: str = "none"
+    hash: str = None
     file: bytes = None
     lies: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.hash is None:
+            self.hash = sha256(self.name.encode() + self.nar)[:32]
         if self.file is None:
             self.file = COMPRESSORS[self.compression](self.nar)
-
-    @property
-    def hash(self):
-        return sha256(self.name.encode() + self.nar)[:32]
 
     @property
     def base(self):
@@ -104,6 +109,38 @@ class Path:
         """PUT the NAR, then the narinfo, as Nix does; give both statuses, the second None if the first is a refusal."""
         first = server.put(self.nar_key, self.file, headers).status
         return first, server.put(self.narinfo_key, self.narinfo, headers).status if first < 300 else None
+
+
+def read_closure(cache, root):
+    """The paths of a flat cache that `root` needs, references first, as `Path`s that can be pushed."""
+    seen, paths = set(), []
+
+    def visit(base):
+        if base in seen:
+            return
+        seen.add(base)
+        info = fields((cache / f"{base[:32]}.narinfo").read_bytes())
+        references = tuple(info["References"].split())
+        for reference in references:
+            visit(reference)
+        content = (cache / info["URL"]).read_bytes()
+        paths.append(Path(base[33:], content, references, hash=base[:32], lies={"Deriver": info.get("Deriver")}))
+
+    visit(root.split("/")[-1])
+    return paths
+
+
+def zstd_of_zeros(prefix, zeros, suffix):
+    """A zstd frame with this content, made by hand: each 128 KiB of its zeros are a block of four bytes."""
+    def block(kind, size, content):
+        return (size << 3 | kind << 1).to_bytes(3, "little") + content
+
+    raw, repeated, size_max = 0, 1, 128 << 10
+    whole, rest = divmod(zeros, size_max)
+    blocks = block(raw, len(prefix), prefix) + block(repeated, size_max, b"\0") * whole + block(repeated, rest, b"\0")
+    last = (len(suffix) << 3 | raw << 1 | 1).to_bytes(3, "little") + suffix
+    window_8_mib = 13 << 3
+    return bytes([0x28, 0xB5, 0x2F, 0xFD, 0, window_8_mib]) + blocks + last
 
 
 def fields(narinfo):

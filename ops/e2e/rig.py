@@ -267,7 +267,9 @@ def request(url, method, path, body=None, headers=None, seconds=REQUEST_SECONDS)
     address = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=seconds)
     try:
-        connection.request(method, address.path.rstrip("/") + path, body, headers or {})
+        # A server that has seen enough may answer, and close, before it has read everything.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, address.path.rstrip("/") + path, body, headers or {})
         response = connection.getresponse()
         return Response(response.status, response.headers, response.read())
     finally:

@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::auth::Tokens;
 use crate::config::Config;
@@ -51,6 +52,8 @@ pub struct App {
     lake: Lake,
     stop: CancellationToken,
     serving: JoinHandle<()>,
+    commits: TaskTracker,
+    drain: Duration,
 }
 
 impl App {
@@ -73,6 +76,7 @@ impl App {
         let metrics = parts.metrics.clone();
         let lake = open(config, parts).await?;
         let cache = lake.default_cache(&config.cache.name, &public_keys).await.context("open the cache")?;
+        let commits = TaskTracker::new();
         let shared = Arc::new(http::State {
             lake: lake.clone(),
             cache,
@@ -82,6 +86,7 @@ impl App {
             tokens,
             limits: config.limits.clone(),
             uploads: Semaphore::new(config.limits.uploads_max),
+            commits: commits.clone(),
             metrics: metrics.clone(),
             run: u32::from_le_bytes(run),
         });
@@ -89,7 +94,7 @@ impl App {
         let router = http::router(&shared);
         let serving = http::serve::serve(listener, router, config.limits.clone(), metrics, stop.clone());
         let serving = tokio::spawn(serving);
-        Ok(Self { address, public_keys, lake, stop, serving })
+        Ok(Self { address, public_keys, lake, stop, serving, commits, drain: config.limits.drain() })
     }
 
     /// Where it listens.
@@ -111,6 +116,10 @@ impl App {
     pub async fn stop(self) -> anyhow::Result<()> {
         self.stop.cancel();
         self.serving.await.context("serve")?;
+        self.commits.close();
+        if tokio::time::timeout(self.drain, self.commits.wait()).await.is_err() {
+            tracing::warn!(commits = self.commits.len(), "leaving commits that did not end in time");
+        }
         self.lake.close().await.context("close the lake")
     }
 }
@@ -124,9 +133,7 @@ pub async fn serve(config: &Config) -> anyhow::Result<()> {
     let parts = Parts::of(config)?;
     let bucket = parts.bucket.name().to_owned();
     let app = App::start(config, parts).await?;
-    for key in app.public_keys() {
-        tracing::info!(trusted_public_key = %key, "clients need this key in trusted-public-keys");
-    }
+    announce(&app);
     let pushing = if config.auth.push_token_files.is_empty() { "open to all" } else { "by token" };
     tracing::info!(
         url = format!("http://{}", app.address()),
@@ -147,6 +154,14 @@ pub async fn serve(config: &Config) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Prints what a person, or a script that started the server, needs to use it.
+#[expect(clippy::print_stdout, reason = "for the one who started it, whatever the log is set to")]
+fn announce(app: &App) {
+    println!("serving http://{}", app.address());
+    let keys: Vec<String> = app.public_keys().iter().map(PublicKey::to_string).collect();
+    println!("trusted-public-keys = {}", keys.join(" "));
 }
 
 /// `narlake-server reindex`: rebuilds the local state from the bucket.

@@ -144,10 +144,23 @@ mod tests {
     #[test]
     fn every_flag_is_a_setting() {
         let options = serve(&[
-            "--listen=127.0.0.1:9", "--insecure", "--push-token-file=/t", "--push-token-file=/u",
-            "--signing-key-file=/k", "--priority=7", "--data-dir=/d", "--bucket-dir=/b", "--state-dir=/s",
-            "--s3-bucket=bucket", "--s3-endpoint=http://h", "--s3-region=r", "--s3-prefix=p", "--zstd-level=4",
-            "--log-format=json", "--log-filter=debug", "--set=limits.uploads_max=5",
+            "--listen=127.0.0.1:9",
+            "--insecure",
+            "--push-token-file=/t",
+            "--push-token-file=/u",
+            "--signing-key-file=/k",
+            "--priority=7",
+            "--data-dir=/d",
+            "--bucket-dir=/b",
+            "--state-dir=/s",
+            "--s3-bucket=bucket",
+            "--s3-endpoint=http://h",
+            "--s3-region=r",
+            "--s3-prefix=p",
+            "--zstd-level=4",
+            "--log-format=json",
+            "--log-filter=debug",
+            "--set=limits.uploads_max=5",
         ]);
         let config = Config::load(None, [], &options.assignments()).unwrap();
         assert_eq!(config.listen.port(), 9);

@@ -455,25 +455,23 @@ fn from_environment(
 }
 
 fn assign(table: &mut Table, assignment: &Assignment) -> Result<(), ConfigError> {
-    let unknown =
-        || ConfigError::UnknownKey { origin: assignment.origin.clone(), key: assignment.key.clone() };
+    let unknown = || ConfigError::UnknownKey { origin: assignment.origin.clone(), key: assignment.key.clone() };
     let slot = match assignment.key.split_once('.') {
-        Some((section, key)) => table.get_mut(section).and_then(Value::as_table_mut).and_then(|table| table.get_mut(key)),
+        Some((section, key)) => {
+            table.get_mut(section).and_then(Value::as_table_mut).and_then(|table| table.get_mut(key))
+        }
         None => table.get_mut(&assignment.key).filter(|value| !value.is_table()),
     };
     let slot = slot.ok_or_else(unknown)?;
     let text = assignment.value.as_str();
-    let expects = |expected| ConfigError::Value {
-        origin: assignment.origin.clone(),
-        value: assignment.value.clone(),
-        expected,
-    };
+    let expects =
+        |expected| ConfigError::Value { origin: assignment.origin.clone(), value: assignment.value.clone(), expected };
     *slot = match slot {
         Value::Integer(_) => Value::Integer(text.parse().map_err(|_| expects("a whole number"))?),
         Value::Boolean(_) => Value::Boolean(text.parse().map_err(|_| expects("true or false"))?),
-        Value::Array(_) => {
-            Value::Array(text.split(',').filter(|item| !item.is_empty()).map(|item| Value::String(item.into())).collect())
-        }
+        Value::Array(_) => Value::Array(
+            text.split(',').filter(|item| !item.is_empty()).map(|item| Value::String(item.into())).collect(),
+        ),
         _ => Value::String(text.to_owned()),
     };
     Ok(())
@@ -490,7 +488,11 @@ mod tests {
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let flags: Vec<Assignment> = flags
             .iter()
-            .map(|(key, value)| Assignment { origin: format!("--set {key}"), key: (*key).into(), value: (*value).into() })
+            .map(|(key, value)| Assignment {
+                origin: format!("--set {key}"),
+                key: (*key).into(),
+                value: (*value).into(),
+            })
             .collect();
         Config::load(Some(&path), environment, &flags).map_err(|error| {
             let cause = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
@@ -551,7 +553,12 @@ mod tests {
         check("[limit]\nuploads_max = 1", &[], &[], "limit");
         check("listen = 8080", &[], &[], "listen");
         check("listen = 'example.org:80'", &[], &[], "listen");
-        check("", &[("NARLAKE_LIMITS_NAR_MAX", "1")], &[], "NARLAKE_LIMITS_NAR_MAX: there is no setting limits.nar_max");
+        check(
+            "",
+            &[("NARLAKE_LIMITS_NAR_MAX", "1")],
+            &[],
+            "NARLAKE_LIMITS_NAR_MAX: there is no setting limits.nar_max",
+        );
         check("", &[("NARLAKE_CACHE_PRIORITY", "high")], &[], "NARLAKE_CACHE_PRIORITY: \"high\" is not a whole number");
         check("", &[], &[("s3.buckets", "x")], "there is no setting s3.buckets");
         check("", &[], &[("s3", "x")], "there is no setting s3");

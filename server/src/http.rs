@@ -34,6 +34,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use narlake_storage::{Cache, Lake};
 use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::error::HttpError;
@@ -63,6 +64,8 @@ pub struct State {
     pub limits: Limits,
     /// One permit for each upload that may be under way.
     pub uploads: Semaphore,
+    /// Commits under way, which outlive their requests.
+    pub commits: TaskTracker,
     /// The metrics.
     pub metrics: Metrics,
     /// Distinguishes the request ids of this run of the server from those of others.
@@ -82,7 +85,9 @@ pub fn router(shared: &Shared) -> Router {
         .merge(cache())
         .nest("/{cache}", cache())
         .fallback(async || HttpError::not_found("there is nothing at this URL"))
-        .method_not_allowed_fallback(async || HttpError::refused(StatusCode::METHOD_NOT_ALLOWED, "not with this method"))
+        .method_not_allowed_fallback(async || {
+            HttpError::refused(StatusCode::METHOD_NOT_ALLOWED, "not with this method")
+        })
         .layer(from_fn_with_state(Arc::clone(shared), guard::guard))
         .layer(CatchPanicLayer::custom(error::panicked))
         .layer(from_fn_with_state(Arc::clone(shared), observe::observe))

@@ -40,7 +40,8 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn load(options: &Options) -> anyhow::Result<Config> {
-    let environment = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let environment =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let config = Config::load(options.config.as_deref(), environment, &options.assignments())?;
     logging::start(&config.log)?;
     Ok(config)

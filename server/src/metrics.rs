@@ -97,16 +97,12 @@ impl Metrics {
                 "Pushes refused for their token, or the lack of one.",
                 &["reason"],
             ),
-            requests_in_flight: register.gauge(
-                "narlake_server_requests_in_flight",
-                "Requests whose response has not been sent to its end.",
-            ),
+            requests_in_flight: register
+                .gauge("narlake_server_requests_in_flight", "Requests whose response has not been sent to its end."),
             connections: register.gauge("narlake_server_connections", "Open connections."),
             uploads_in_flight: register.gauge("narlake_server_uploads_in_flight", "Uploads of NARs being read."),
-            uploads_waiting: register.gauge(
-                "narlake_server_uploads_waiting",
-                "Uploads of NARs that are held until others end.",
-            ),
+            uploads_waiting: register
+                .gauge("narlake_server_uploads_waiting", "Uploads of NARs that are held until others end."),
             panics: register.add(IntCounter::new("narlake_server_panics_total", "Requests whose handler panicked.")),
             registry: registry.clone(),
         };

@@ -95,8 +95,8 @@ fn make(path: &Path, entropy: &dyn Entropy) -> Result<(), SigningError> {
     let mut unique = [0; 4];
     entropy.fill(&mut unique);
     let name = format!("narlake-{:08x}-1", u32::from_le_bytes(unique));
-    let key = SecretKey::generate(&name, seed)
-        .map_err(|source| SigningError::Format { path: path.to_owned(), source })?;
+    let key =
+        SecretKey::generate(&name, seed).map_err(|source| SigningError::Format { path: path.to_owned(), source })?;
 
     let directory = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(directory).map_err(io("make the directory of"))?;

@@ -220,16 +220,22 @@ impl Bucket {
     pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, Error> {
         let expected = range.end - range.start;
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let bytes = self.read(key, options).await?;
-        if bytes.len() as u64 == expected {
-            return Ok(bytes);
-        }
-        Err(Error::Bucket {
+        let short = |received: String| Error::Bucket {
             operation: "read",
             key: key.to_owned(),
             kind: ErrorKind::Corrupt,
-            source: format!("bytes {}..{} asked for, {} received", range.start, range.end, bytes.len()).into(),
-        })
+            source: format!("bytes {}..{} asked for, {received}", range.start, range.end).into(),
+        };
+        match self.read(key, options).await {
+            Ok(bytes) if bytes.len() as u64 == expected => Ok(bytes),
+            Ok(bytes) => Err(short(format!("{} received", bytes.len()))),
+            // Backends do not tell a range beyond the end from an outage.
+            Err(error) if error.kind() == ErrorKind::Unavailable => match self.head(key).await {
+                Ok(Some(object)) if object.size < range.end => Err(short(format!("the object has {}", object.size))),
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
     }
 
     /// The last `length` bytes of an object, or all of a shorter one.

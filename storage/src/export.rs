@@ -37,11 +37,15 @@ enum Step {
     EndFile,
 }
 
-/// Looks every blob of a tree up.
+/// Looks every blob of a tree up. `sound` says whether a chunk that has a place may be relied on.
 ///
 /// # Errors
-/// `Corrupt` where one is nowhere, naming it.
-pub(crate) async fn check_complete(fetcher: &Fetcher, mut manifest: Manifest) -> Result<(), Error> {
+/// `Corrupt` where one is nowhere or not sound, naming it.
+pub(crate) async fn check_complete(
+    fetcher: &Fetcher,
+    mut manifest: Manifest,
+    sound: impl Fn(&BlobId) -> bool,
+) -> Result<(), Error> {
     loop {
         let mut chunks = HashSet::new();
         let more = manifest
@@ -57,6 +61,9 @@ pub(crate) async fn check_complete(fetcher: &Fetcher, mut manifest: Manifest) ->
         }
         let chunks: Vec<BlobId> = chunks.into_iter().collect();
         fetcher.locate(BlobKind::Chunk, &chunks).await?;
+        if let Some(id) = chunks.iter().find(|id| !sound(id)) {
+            return Err(Error::MissingBlob { kind: BlobKind::Chunk, id: *id });
+        }
     }
 }
 

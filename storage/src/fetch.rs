@@ -8,8 +8,9 @@
 //! Invariant: bytes leave this module only after they were hashed and found to be what names them, at every call, also
 //! when they come from the cache of frames.
 //!
-//! A pack that is gone, or a frame that does not verify, is looked up anew once within the same deadline: content may
-//! have been moved by compaction (docs/consistency.md, rule 13). Every wait ends at the deadline.
+//! A pack that is gone, or a frame that does not verify, is looked up anew within the same deadline: content may have
+//! been moved by compaction (docs/consistency.md, rule 13). What fails again is reported to the source, which counts it
+//! as missing from then on and may know another copy (rule 7). Every wait ends at the deadline.
 
 mod coalesce;
 mod flight;
@@ -23,10 +24,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use narlake_format::id::{BlobId, BlobKind};
+use narlake_format::lake::keys;
 use narlake_format::lake::location::{Location, PackRef};
 use quick_cache::sync::Cache;
 
-use self::flight::{Flights, FrameKey};
+use self::flight::{Flights, FrameKey, Reads};
 use crate::error::{Error, ErrorKind};
 
 /// Where blobs come from: a bucket with an index beside it, or a server.
@@ -40,6 +42,11 @@ pub trait BlobSource: Send + Sync + 'static {
 
     /// The size of a pack, in bytes.
     async fn size(&self, pack: &PackRef) -> Result<u64, Error>;
+
+    /// Told of a frame that was not there, or did not verify, twice in a row. By default nobody minds.
+    async fn damaged(&self, pack: &PackRef, frame_offset: u32, error: &Error) {
+        let _ = (pack, frame_offset, error);
+    }
 }
 
 /// Limits of a [`Fetcher`].
@@ -141,16 +148,39 @@ impl Fetcher {
     /// does not answer in time.
     pub async fn fetch(&self, blobs: &[(BlobKind, BlobId)]) -> Result<Vec<Bytes>, Error> {
         self.bounded(blobs.first().map(|(_, id)| id), async {
-            match self.attempt(blobs).await {
-                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {
-                    tracing::warn!(error = error.chain(), "content looked up anew");
-                    self.forget(blobs);
-                    self.attempt(blobs).await
+            let mut reads = Reads::Joined;
+            for _ in 1..ATTEMPTS {
+                match self.attempt(blobs, reads).await {
+                    Err(failure) if !failure.damaged.is_empty() => self.look_again(blobs, failure, reads).await,
+                    done => return done.map_err(|failure| failure.error),
                 }
-                done => done,
+                reads = Reads::Single;
+            }
+            match self.attempt(blobs, reads).await {
+                Ok(found) => Ok(found),
+                Err(failure) => {
+                    self.report(&failure).await;
+                    Err(failure.error)
+                }
             }
         })
         .await
+    }
+
+    /// Forgets where these blobs were. What failed when read alone is reported, so that the source may name another
+    /// copy next; a first failure may have been the way here.
+    async fn look_again(&self, blobs: &[(BlobKind, BlobId)], failure: Failure, reads: Reads) {
+        tracing::warn!(error = failure.error.chain(), "content looked up anew");
+        if reads == Reads::Single {
+            self.report(&failure).await;
+        }
+        self.forget(blobs);
+    }
+
+    async fn report(&self, failure: &Failure) {
+        for frame in &failure.damaged {
+            self.inner.source.damaged(&frame.pack, frame.offset, &failure.error).await;
+        }
     }
 
     async fn bounded<T>(&self, first: Option<&BlobId>, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
@@ -164,27 +194,38 @@ impl Fetcher {
         })
     }
 
-    async fn attempt(&self, blobs: &[(BlobKind, BlobId)]) -> Result<Vec<Bytes>, Error> {
+    async fn attempt(&self, blobs: &[(BlobKind, BlobId)], reads: Reads) -> Result<Vec<Bytes>, Failure> {
         let places = self.places(blobs.iter().map(|(_, id)| *id)).await?;
         let mut wanted: Vec<(FrameKey, u32)> =
             places.values().map(|place| (FrameKey::of(place), place.frame_length)).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        let frames = self.inner.flights.frames(&wanted).await?;
-        blobs
-            .iter()
-            .map(|(kind, id)| {
-                let place = places.get(id).ok_or(Error::MissingBlob { kind: *kind, id: *id })?;
-                let frame = frames.get(&FrameKey::of(place));
-                let start = place.offset as usize;
-                let span = start..start + place.length as usize;
-                frame
-                    .filter(|frame| frame.len() >= span.end)
-                    .map(|frame| frame.slice(span))
-                    .filter(|bytes| BlobId::of(*kind, bytes) == *id)
-                    .ok_or(Error::DamagedBlob { kind: *kind, id: *id, pack: place.pack, offset: place.frame_offset })
-            })
-            .collect()
+        let frames = self.inner.flights.frames(&wanted, reads).await;
+        let mut found = Vec::with_capacity(blobs.len());
+        let mut failure: Option<Failure> = None;
+        for (kind, id) in blobs {
+            let place = places.get(id).ok_or(Error::MissingBlob { kind: *kind, id: *id })?;
+            let key = FrameKey::of(place);
+            let error = match frames.get(&key) {
+                Some(Ok(frame)) => match blob_in(frame, *kind, id, place) {
+                    Some(bytes) => {
+                        found.push(bytes);
+                        continue;
+                    }
+                    None => Error::DamagedBlob { kind: *kind, id: *id, pack: place.pack, offset: place.frame_offset },
+                },
+                Some(Err(error)) => copy_of(error, place),
+                None => Error::Stopped("fetch"),
+            };
+            if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) {
+                return Err(error.into());
+            }
+            let failure = failure.get_or_insert_with(|| error.into());
+            if !failure.damaged.contains(&key) {
+                failure.damaged.push(key);
+            }
+        }
+        failure.map_or(Ok(found), Err)
     }
 
     /// The place of each id, from the cache or the source.
@@ -221,6 +262,37 @@ impl Fetcher {
         }
     }
 }
+
+/// Why an attempt came to nothing.
+struct Failure {
+    error: Error,
+    /// Frames that are gone or do not verify; none where something else is wrong.
+    damaged: Vec<FrameKey>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, damaged: Vec::new() }
+    }
+}
+
+/// A blob of a decoded frame, if it is there and is what its id says.
+fn blob_in(frame: &Bytes, kind: BlobKind, id: &BlobId, place: &Location) -> Option<Bytes> {
+    let start = place.offset as usize;
+    let span = start..start.checked_add(place.length as usize)?;
+    let bytes = (frame.len() >= span.end).then(|| frame.slice(span))?;
+    (BlobId::of(kind, &bytes) == *id).then_some(bytes)
+}
+
+/// An error for each of those who waited for one flight: the same kind and text.
+fn copy_of(error: &Arc<Error>, place: &Location) -> Error {
+    let key = keys::pack(&place.pack);
+    Error::Bucket { operation: "fetch from", key, kind: error.kind(), source: error.chain().into() }
+}
+
+/// Attempts at content that is gone or does not verify: where it was thought to be, looked up anew, and, if that copy
+/// is bad too, wherever else there is one.
+const ATTEMPTS: u32 = 3;
 
 /// Ids in one question to the source.
 const LOCATE_BATCH: usize = 16 * 1024;

@@ -5,7 +5,8 @@
 //! footers of packs that no segment covers ([`rebuild`]), so nothing but the bucket is needed.
 //!
 //! Invariant: an entry is given out only for a pack that the bucket listed or that was put since. A hit is a promise
-//! that a push may rely on; a miss only costs a duplicate.
+//! that a push may rely on; a miss only costs a duplicate. So a push never hears of a copy in a frame that failed to
+//! verify (docs/consistency.md, rule 7); a reader does, where there is no other: it verifies what it gets.
 
 mod map;
 mod rebuild;
@@ -44,6 +45,8 @@ pub(crate) struct Index {
 #[derive(Default)]
 struct Tables {
     packs: HashSet<PackRef>,
+    /// Frames that failed to verify, by pack and offset.
+    damaged: HashSet<(PackRef, u32)>,
     domains: HashMap<Domain, Table>,
 }
 
@@ -72,24 +75,51 @@ impl Index {
         Ok(index)
     }
 
-    /// Where a blob is, if this domain has it.
+    /// Where a blob is, if this domain has it in a frame that may be relied on.
     pub(crate) fn get(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
-        self.tables.read().unwrap_or_else(PoisonError::into_inner).get(domain, id)
+        self.tables.read().unwrap_or_else(PoisonError::into_inner).sound(domain, id)
     }
 
-    /// Where blobs are, in order.
+    /// Where blobs are to be read, in order.
     pub(crate) fn get_many(&self, domain: &Domain, ids: &[BlobId]) -> Vec<Option<Location>> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        ids.iter().map(|id| tables.get(domain, id)).collect()
+        ids.iter().map(|id| tables.sound(domain, id).or_else(|| tables.copies(domain, id).next())).collect()
+    }
+
+    /// Whether the bucket holds a pack, as far as is known here.
+    pub(crate) fn has_pack(&self, pack: &PackRef) -> bool {
+        self.tables.read().unwrap_or_else(PoisonError::into_inner).packs.contains(pack)
+    }
+
+    /// Takes note that a frame does not verify. False if that was known.
+    pub(crate) fn mark_damaged(&self, pack: &PackRef, frame_offset: u32) -> bool {
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).damaged.insert((*pack, frame_offset))
+    }
+
+    /// Takes note that the bucket does not hold a pack any more: what it held is a miss from now on.
+    pub(crate) fn forget_pack(&self, pack: &PackRef) {
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).packs.remove(pack);
+        if let Err(error) = self.kv.packs.remove(keys::pack(pack).as_bytes()) {
+            tracing::warn!(%pack, error = error.chain(), "pack not struck off the local catalogue");
+        }
+        self.report();
     }
 
     /// Takes in a pack that the bucket holds now.
     pub(crate) fn add(&self, pack: PackRef, bytes: u64, blobs: impl IntoIterator<Item = (BlobId, Location)>) {
         {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            tables.packs.insert(pack);
-            let table = tables.domains.entry(pack.domain).or_default();
-            table.memtable.extend(blobs);
+            let Tables { packs, damaged, domains } = &mut *tables;
+            packs.insert(pack);
+            let memtable = &mut domains.entry(pack.domain).or_default().memtable;
+            for (id, at) in blobs {
+                // At start packs come in any order: a damaged copy never takes the place of another.
+                if !damaged.contains(&(pack, at.frame_offset)) {
+                    memtable.insert(id, at);
+                } else {
+                    memtable.entry(id).or_insert(at);
+                }
+            }
         }
         // The catalogue only saves work after a restart; the pack is found without it.
         if let Err(error) = self.kv.packs.put(keys::pack(&pack).as_bytes(), &bytes.to_le_bytes()) {
@@ -172,12 +202,15 @@ impl Index {
 }
 
 impl Tables {
-    fn get(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
-        let table = self.domains.get(domain)?;
-        if let Some(at) = table.memtable.get(id) {
-            return Some(*at);
-        }
-        // Newest first: a blob that was rewritten is found in its newer pack.
-        table.segments.iter().rev().filter_map(|segment| segment.get(id)).find(|at| self.packs.contains(&at.pack))
+    /// Every copy of a blob, newest first, in packs that are there.
+    fn copies(&self, domain: &Domain, id: &BlobId) -> impl Iterator<Item = Location> {
+        let table = self.domains.get(domain);
+        let recent = table.and_then(|table| table.memtable.get(id)).copied();
+        let older = table.into_iter().flat_map(move |table| table.segments.iter().rev().filter_map(|s| s.get(id)));
+        recent.into_iter().chain(older).filter(|at| self.packs.contains(&at.pack))
+    }
+
+    fn sound(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
+        self.copies(domain, id).find(|at| !self.damaged.contains(&(at.pack, at.frame_offset)))
     }
 }

@@ -139,23 +139,25 @@ impl Lake {
     /// # Errors
     /// Where the bucket does not answer.
     pub async fn has_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
-        let manifest = match self.inner.uploads.find(cache.id(), name).await? {
-            Some(upload) => upload.manifest,
-            None => match self.uploaded(cache, name).await? {
-                Some(record) => record.manifest(),
-                None => return Ok(false),
-            },
-        };
-        let fetcher = self.fetcher(cache.domain());
-        let complete = match Manifest::open(&fetcher, &manifest).await {
-            Ok(manifest) => export::check_complete(&fetcher, manifest).await,
-            Err(error) => Err(error),
-        };
-        match complete {
-            Ok(()) => Ok(true),
+        match self.find_upload(cache, name).await {
             // "No" makes the client send it again, which heals.
-            Err(error) if error.kind() == crate::ErrorKind::Corrupt => Ok(false),
-            Err(error) => Err(error),
+            Err(error) if error.kind() == crate::ErrorKind::Corrupt => {
+                tracing::warn!(file = %name.file_hash, error = error.chain(), "upload is not whole");
+                Ok(false)
+            }
+            answer => answer,
+        }
+    }
+
+    async fn find_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
+        if let Some(upload) = self.inner.uploads.find(cache.id(), name).await? {
+            self.check_sound(cache.domain(), upload.manifest).await?;
+            self.inner.uploads.renew(cache.id(), name, &upload).await?;
+            return Ok(true);
+        }
+        match self.uploaded(cache, name).await? {
+            Some(record) => self.check_sound(cache.domain(), record.manifest()).await.map(|()| true),
+            None => Ok(false),
         }
     }
 
@@ -197,7 +199,9 @@ impl Lake {
         cache: &Cache,
         record: &PathRecord,
     ) -> Result<impl Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
-        self.check_complete_in(cache.domain(), record.manifest()).await?;
+        let fetcher = self.fetcher(cache.domain());
+        // A damaged copy may still do for what is asked of it; what is read is verified.
+        export::check_complete(&fetcher, Manifest::open(&fetcher, &record.manifest()).await?, |_| true).await?;
         let strings = self.strings_in(cache.domain(), record).await?;
         self.inner.metrics.export_nar_bytes.inc_by(record.info().nar_size);
         self.nar_of(cache.domain(), record.manifest(), &strings).await
@@ -323,15 +327,11 @@ impl Lake {
         }
     }
 
-    /// Looks up every blob of a path.
-    pub(crate) async fn check_complete(&self, cache: &Cache, record: &PathRecord) -> Result<(), Error> {
-        self.check_complete_in(cache.domain(), record.manifest()).await
-    }
-
-    async fn check_complete_in(&self, domain: Domain, manifest: ManifestId) -> Result<(), Error> {
+    /// Whether every blob of a tree is there and may be relied on.
+    pub(crate) async fn check_sound(&self, domain: Domain, manifest: ManifestId) -> Result<(), Error> {
         let fetcher = self.fetcher(domain);
         let manifest = Manifest::open(&fetcher, &manifest).await?;
-        export::check_complete(&fetcher, manifest).await
+        export::check_complete(&fetcher, manifest, |id| self.inner.index.get(&domain, id).is_some()).await
     }
 
     /// The NAR of a tree.
@@ -358,11 +358,16 @@ impl Lake {
         &self.inner.bucket
     }
 
+    pub(crate) fn index(&self) -> &Index {
+        &self.inner.index
+    }
+
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.inner.metrics
     }
 
     fn source(&self, domain: Domain) -> BucketSource {
-        BucketSource { domain, index: Arc::clone(&self.inner.index), bucket: self.inner.bucket.clone() }
+        let (index, bucket) = (Arc::clone(&self.inner.index), self.inner.bucket.clone());
+        BucketSource { domain, index, bucket, metrics: self.inner.metrics.clone() }
     }
 }

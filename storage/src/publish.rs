@@ -20,8 +20,8 @@ use narlake_format::nix::hash::{Sha256Hash, Sha256Hasher};
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::signature::SecretKey;
 
-use crate::error::{Error, Rejection};
-use crate::records::Cache;
+use crate::error::{Error, ErrorKind, Rejection};
+use crate::records::{Cache, same_content};
 use crate::upload::UploadName;
 use crate::{Lake, manifest};
 
@@ -79,9 +79,14 @@ pub(crate) struct Publication<'a> {
 impl Publication<'_> {
     /// Checks and commits.
     pub(crate) async fn run(self) -> Result<Published, Error> {
-        let published = match self.lake.records().from_bucket(self.cache, &self.info.store_path.hash).await? {
-            Some(record) => self.again(record).await?,
-            None => self.first().await?,
+        let hash = self.info.store_path.hash;
+        let _turn = self.lake.records().turn(&hash).await;
+        let published = match self.lake.records().from_bucket(self.cache, &hash).await {
+            Ok(Some(record)) => self.again(record).await?,
+            Ok(None) => self.first().await?,
+            // No generation of it can be read: this push heals it.
+            Err(error) if error.kind() == ErrorKind::Corrupt => self.first().await?,
+            Err(error) => return Err(error),
         };
         self.lake.metrics().published.with_label_values(&[published.outcome.label()]).inc();
         Ok(published)
@@ -91,18 +96,17 @@ impl Publication<'_> {
     async fn again(&self, record: Arc<PathRecord>) -> Result<Published, Error> {
         let there = record.info();
         if there.nar_hash != self.info.nar_hash {
-            tracing::warn!(path = %there.store_path, there = %there.nar_hash, pushed = %self.info.nar_hash,
-                "pushed again with other content; the first stays");
-            if self.cache.document().on_conflict == OnConflict::Refuse {
-                return Err(self.rejected(Rejection::NotReproducible {
-                    there: there.nar_hash.to_string(),
-                    pushed: self.info.nar_hash.to_string(),
-                }));
-            }
-            return Ok(Published { record, outcome: Outcome::NotReproducible });
+            return self.not_reproducible(record);
         }
         // A push that brought the NAR again has stored whatever chunk was missing, so this heals or says what is wrong.
-        self.lake.check_complete(self.cache, &record).await?;
+        self.lake.check_sound(self.cache.domain(), record.manifest()).await?;
+        if let Some(name) = UploadName::parse(&self.info.url) {
+            let upload = self.lake.uploads().find(self.cache.id(), &name).await?;
+            // Only bytes that were uploaded here: a name is not to be had by claiming it.
+            if upload.is_some_and(|upload| upload.nar_hash == there.nar_hash) {
+                self.became(&name).await?;
+            }
+        }
         let new_signatures = self.info.signatures.iter().any(|s| !there.signatures.contains(s));
         if !new_signatures {
             return Ok(Published { record, outcome: Outcome::Known });
@@ -112,8 +116,8 @@ impl Publication<'_> {
         info.signatures.extend(self.info.signatures.iter().cloned());
         info.signatures.sort_unstable();
         info.signatures.dedup();
-        let (_, record) =
-            self.lake.records().publish(self.cache, self.signed(info, record.manifest(), &strings)).await?;
+        let signed = self.signed(info, record.manifest(), &strings);
+        let (_, record) = self.lake.records().publish(self.cache, &signed).await?;
         Ok(Published { record, outcome: Outcome::Known })
     }
 
@@ -124,15 +128,46 @@ impl Publication<'_> {
         let content = self.content(&name).await?;
         self.check(&content).await?;
         self.count_missed_references(&content.strings);
-        let record = self.signed(self.info.clone(), content.manifest, &content.strings);
-        let (key, record) = self.lake.records().publish(self.cache, record).await?;
-        if let Err(error) = self.check_after_commit(&content.packs).await {
-            self.lake.records().withdraw(self.cache, &self.info.store_path.hash, &key).await?;
-            return Err(error);
+        let pushed = self.signed(self.info.clone(), content.manifest, &content.strings);
+        let (key, record) = self.lake.records().publish(self.cache, &pushed).await?;
+        let hash = &self.info.store_path.hash;
+        if !same_content(&record, &pushed) {
+            // Another server was first. This generation would never be served.
+            self.lake.records().withdraw(self.cache, hash, &key).await?;
+            return self.not_reproducible(record);
         }
-        let file = FileDocument::new(self.info.store_path.hash, self.info.nar_hash, name.compression);
-        self.lake.uploads().became(self.cache.id(), &name, &file).await?;
+        match self.check_after_commit(&content.packs).await {
+            Ok(()) => {}
+            Err(error @ Error::Rejected { .. }) => {
+                self.lake.records().withdraw(self.cache, hash, &key).await?;
+                return Err(error);
+            }
+            // What was to be checked is unknown. The path is whole, and somebody may rely on it already: it stays, and
+            // the client, who got no answer, asks again.
+            Err(error) => return Err(error),
+        }
+        self.became(&name).await?;
         Ok(Published { record, outcome: Outcome::New })
+    }
+
+    /// The path is served with other content than this push's.
+    fn not_reproducible(&self, record: Arc<PathRecord>) -> Result<Published, Error> {
+        let there = record.info();
+        tracing::warn!(path = %there.store_path, there = %there.nar_hash, pushed = %self.info.nar_hash,
+            "pushed again with other content; the first stays");
+        if self.cache.document().on_conflict == OnConflict::Refuse {
+            return Err(self.rejected(Rejection::NotReproducible {
+                there: there.nar_hash.to_string(),
+                pushed: self.info.nar_hash.to_string(),
+            }));
+        }
+        Ok(Published { record, outcome: Outcome::NotReproducible })
+    }
+
+    /// Keeps the name of the upload resolvable.
+    async fn became(&self, name: &UploadName) -> Result<(), Error> {
+        let file = FileDocument::new(self.info.store_path.hash, self.info.nar_hash, name.compression);
+        self.lake.uploads().became(self.cache.id(), name, &file).await
     }
 
     /// What the narinfo's URL stands for: an upload to this cache, or a path of it that had the same upload.
@@ -143,12 +178,14 @@ impl Publication<'_> {
                 Some(strings) => strings,
                 None => manifest::table(&self.lake.fetcher(self.cache.domain()), &table).await?,
             };
-            return Ok(Content { nar_hash, nar_size, manifest, table, strings, packs });
+            let content = Content { nar_hash, nar_size, manifest, table, strings, packs };
+            self.check_upload(&content)?;
+            return Ok(content);
         }
         let Some(record) = self.lake.uploaded(self.cache, name).await? else {
             return Err(self.rejected(Rejection::NoUpload(self.info.url.clone())));
         };
-        self.lake.check_complete(self.cache, &record).await?;
+        self.lake.check_sound(self.cache.domain(), record.manifest()).await?;
         Ok(Content {
             nar_hash: record.info().nar_hash,
             nar_size: record.info().nar_size,
@@ -159,9 +196,17 @@ impl Publication<'_> {
         })
     }
 
+    /// An upload is as good as what it names: content may have been lost since, and its document carries no checksum.
+    fn check_upload(&self, content: &Content) -> Result<(), Error> {
+        let index = self.lake.index();
+        let there = index.get(&self.cache.domain(), &content.manifest.into()).is_some()
+            && content.packs.iter().all(|pack| index.has_pack(pack))
+            && content.strings.id() == content.table;
+        if there { Ok(()) } else { Err(self.rejected(Rejection::Condemned)) }
+    }
+
     /// Everything that can be known to be wrong before the record is written.
     async fn check(&self, content: &Content) -> Result<(), Error> {
-        assert_eq!(content.strings.id(), content.table, "a table is loaded by its id");
         if self.info.nar_hash != content.nar_hash {
             return Err(self.rejected(Rejection::NarHash {
                 claimed: self.info.nar_hash.to_string(),
@@ -172,7 +217,7 @@ impl Publication<'_> {
             return Err(self.rejected(Rejection::NarSize { claimed: self.info.nar_size, found: content.nar_size }));
         }
         self.check_content_address(content).await?;
-        self.check_references(false).await
+        self.check_references().await
     }
 
     /// Markers and references, from the bucket.
@@ -185,22 +230,17 @@ impl Publication<'_> {
                 return Err(self.rejected(Rejection::Condemned));
             }
         }
-        self.check_references(true).await
+        self.check_references().await
     }
 
-    async fn check_references(&self, from_bucket: bool) -> Result<(), Error> {
+    /// Every reference is there, by a read of the bucket: what is known here may be of the past (rule 6).
+    async fn check_references(&self) -> Result<(), Error> {
         let own = &self.info.store_path;
         // Collected: a borrowing filter held across an await would keep the future from being provably `Send`.
         let others: Vec<_> = self.info.references.iter().filter(|reference| *reference != own).cloned().collect();
         futures::stream::iter(others)
             .map(|reference| async move {
-                let records = self.lake.records();
-                let found = if from_bucket {
-                    records.from_bucket(self.cache, &reference.hash).await?
-                } else {
-                    records.lookup(self.cache, &reference.hash).await?
-                };
-                match found {
+                match self.lake.records().from_bucket(self.cache, &reference.hash).await? {
                     Some(record) if record.info().store_path == reference => Ok(()),
                     _ => Err(self.rejected(Rejection::MissingReference(reference.to_string()))),
                 }

@@ -16,6 +16,7 @@ use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::signature::PublicKey;
 use narlake_format::nix::store_path::{StoreDir, StorePathHash};
 use quick_cache::sync::Cache as MemoryCache;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::bucket::Bucket;
 use crate::error::{Error, ErrorKind};
@@ -24,6 +25,9 @@ use crate::mint::Mint;
 
 /// Records kept in memory, in number (about 1 KB each).
 const MEMORY_MAX: usize = 50_000;
+
+/// Paths that may be published at once, roughly.
+const TURNS: usize = 32;
 
 /// A cache of the lake, as far as reading and writing paths needs it.
 #[derive(Debug, Clone)]
@@ -65,11 +69,13 @@ pub(crate) struct Records {
     kv: Kv,
     mint: Mint,
     memory: MemoryCache<(CacheId, StorePathHash), Arc<PathRecord>>,
+    // Held across the publishing of one path; paths that share one merely wait a little.
+    turns: [Mutex<()>; TURNS],
 }
 
 impl Records {
     pub(crate) fn new(store_dir: StoreDir, bucket: Bucket, kv: Kv, mint: Mint) -> Self {
-        Self { store_dir, bucket, kv, mint, memory: MemoryCache::new(MEMORY_MAX) }
+        Self { store_dir, bucket, kv, mint, memory: MemoryCache::new(MEMORY_MAX), turns: Default::default() }
     }
 
     /// The record of a path, from the nearest place that has it.
@@ -88,17 +94,23 @@ impl Records {
     pub(crate) async fn from_bucket(&self, cache: &Cache, hash: &StorePathHash) -> Result<Option<Arc<PathRecord>>, Error> {
         let mut oldest: Option<PathRecord> = None;
         let mut served = None;
+        let mut damaged = None;
         for object in self.bucket.list(&keys::path_generations(&cache.id, hash), None).await? {
             if !matches!(object.key.parse(), Ok(Key::PathRecord(..))) {
                 continue;
             }
-            let bytes = match self.bucket.get(&object.key).await {
-                Ok(bytes) => bytes,
+            let record = match self.read_generation(cache, hash, &object.key).await {
+                Ok(record) => record,
                 // Deleted between the listing and the read: it was not the one that counts.
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // The path is what its other generations say; if there are none, a push may write one.
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    tracing::error!(key = object.key, error = error.chain(), "path record left out");
+                    damaged.get_or_insert(error);
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
-            let record = self.parse(cache, hash, &object.key, &bytes)?;
             match &oldest {
                 Some(first) if !same_content(first, &record) => {}
                 Some(_) => served = Some(record),
@@ -108,30 +120,56 @@ impl Records {
                 }
             }
         }
-        Ok(served.map(|record| self.remember(cache, record)))
+        match (served, damaged) {
+            (None, Some(error)) => Err(error),
+            (served, _) => Ok(served.map(|record| self.remember(cache, record))),
+        }
     }
 
-    /// Writes a record as a new generation: the commit point of a push.
+    /// Waits until no other push of this path is being published here, so that the second sees what the first wrote.
+    pub(crate) async fn turn(&self, hash: &StorePathHash) -> MutexGuard<'_, ()> {
+        let [first, ..] = *hash.as_bytes();
+        self.turns[usize::from(first) % TURNS].lock().await
+    }
+
+    /// Writes a record as a new generation, the commit point of a push, and says what the bucket serves now: another
+    /// server may have been first with other content.
     ///
     /// Not cancel safe: a dropped write may still happen, and then the path is visible, whole.
-    pub(crate) async fn publish(&self, cache: &Cache, record: PathRecord) -> Result<(String, Arc<PathRecord>), Error> {
+    pub(crate) async fn publish(&self, cache: &Cache, record: &PathRecord) -> Result<(String, Arc<PathRecord>), Error> {
         let generation = GenerationId(self.mint.ulid());
         let hash = record.info().store_path.hash;
         let key = keys::path_record(&cache.id, &hash, &generation);
         self.bucket.put_new(&key, record.to_text(&self.store_dir).into_bytes()).await?;
-        Ok((key, self.remember(cache, record)))
+        match self.from_bucket(cache, &hash).await? {
+            Some(served) => Ok((key, served)),
+            None => Err(Error::Bucket {
+                operation: "read back",
+                key,
+                kind: ErrorKind::Unavailable,
+                source: "the record just written is not there".into(),
+            }),
+        }
     }
 
-    /// Takes back a record just written, because what it relied on went away meanwhile.
+    /// Takes back a record just written, because it is not served or what it relied on went away meanwhile.
     pub(crate) async fn withdraw(&self, cache: &Cache, hash: &StorePathHash, key: &str) -> Result<(), Error> {
+        self.bucket.delete(key).await?;
         self.memory.remove(&(cache.id, *hash));
-        self.kv.records.remove(&state_key(cache, hash))?;
-        self.bucket.delete(key).await
+        self.kv.records.remove(&state_key(cache, hash))
     }
 
     /// How many records are known here.
     pub(crate) fn known(&self) -> usize {
         self.kv.records.len()
+    }
+
+    async fn read_generation(&self, cache: &Cache, hash: &StorePathHash, key: &str) -> Result<PathRecord, Error> {
+        match self.parse(cache, hash, key, &self.bucket.get(key).await?) {
+            // What does not check may have been harmed on its way here.
+            Err(_) => self.parse(cache, hash, key, &self.bucket.get(key).await?),
+            Ok(record) => Ok(record),
+        }
     }
 
     /// Checks a record read from the bucket: it is the path's, and one of the cache's keys signed all of it.

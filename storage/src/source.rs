@@ -13,12 +13,14 @@ use crate::bucket::Bucket;
 use crate::error::{Error, ErrorKind};
 use crate::fetch::BlobSource;
 use crate::index::Index;
+use crate::metrics::Metrics;
 
 /// Content of one domain.
 pub(crate) struct BucketSource {
     pub(crate) domain: Domain,
     pub(crate) index: Arc<Index>,
     pub(crate) bucket: Bucket,
+    pub(crate) metrics: Metrics,
 }
 
 #[async_trait]
@@ -43,4 +45,22 @@ impl BlobSource for BucketSource {
             }),
         }
     }
+    async fn damaged(&self, pack: &PackRef, frame_offset: u32, error: &Error) {
+        if error.kind() == ErrorKind::NotFound {
+            tracing::error!(%pack, error = error.chain(), "pack lost; pushing its paths again heals them");
+            self.metrics.verification_failures.inc();
+            self.index.forget_pack(pack);
+        } else if self.index.mark_damaged(pack, frame_offset) {
+            tracing::error!(%pack, frame_offset, error = error.chain(), "damaged; pushing its paths again heals them");
+            self.metrics.verification_failures.inc();
+            let mark = keys::damaged(pack, frame_offset);
+            if let Err(error) = self.bucket.put_new(&mark, DAMAGE_MARK.to_vec()).await {
+                // This process knows; the next finds out again.
+                tracing::warn!(mark, error = error.chain(), "damage not written down");
+            }
+        }
+    }
 }
+
+/// What stands in a mark: the key says it all.
+const DAMAGE_MARK: &[u8] = b"damaged\n";

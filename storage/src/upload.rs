@@ -54,8 +54,21 @@ impl Uploads {
 
     /// The newest upload of this name that still counts.
     pub(crate) async fn find(&self, cache: CacheId, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
+        self.newest(cache, name, LIFETIME_MS).await
+    }
+
+    /// Makes an upload that still counts do so for at least half its lifetime more: whoever is told that it is there
+    /// relies on it.
+    pub(crate) async fn renew(&self, cache: CacheId, name: &UploadName, upload: &UploadDocument) -> Result<(), Error> {
+        match self.newest(cache, name, LIFETIME_MS / 2).await? {
+            Some(_) => Ok(()),
+            None => self.keep(cache, name, upload).await,
+        }
+    }
+
+    async fn newest(&self, cache: CacheId, name: &UploadName, age_ms: u64) -> Result<Option<UploadDocument>, Error> {
         let prefix = keys::uploads(&cache, &name.file_hash);
-        let oldest_ms = self.mint.now_ms().saturating_sub(LIFETIME_MS);
+        let oldest_ms = self.mint.now_ms().saturating_sub(age_ms);
         for object in self.bucket.list(&prefix, None).await?.into_iter().rev() {
             if object.modified_ms < oldest_ms {
                 continue;

@@ -35,6 +35,7 @@ use narlake_format::limits::{ENTRIES_MAX, STORE_NAME_MAX};
 use narlake_format::nix::store_path::{STORE_HASH_LEN, StorePath, StorePathHash};
 
 use crate::fs::tree::EntryNumber;
+use crate::trust::TrustedRecord;
 
 /// Bits of a nodeid that number the entry.
 const ENTRY_BITS: u32 = 24;
@@ -89,6 +90,14 @@ pub struct ObjectKey {
     pub manifest: ManifestId,
     /// The strings that were scrubbed out of it.
     pub table: TableId,
+}
+
+impl ObjectKey {
+    /// The object that a record describes.
+    #[must_use]
+    pub fn of(record: &TrustedRecord) -> Self {
+        Self { path: record.info().store_path.clone(), manifest: record.manifest(), table: record.table() }
+    }
 }
 
 /// Why the table cannot be used.

@@ -2,14 +2,8 @@ use futures::TryStreamExt as _;
 
 use super::*;
 
-const SUPPORTED: [Compression; 6] = [
-    Compression::None,
-    Compression::Brotli,
-    Compression::Bzip2,
-    Compression::Gzip,
-    Compression::Xz,
-    Compression::Zstd,
-];
+const SUPPORTED: [Compression; 6] =
+    [Compression::None, Compression::Brotli, Compression::Bzip2, Compression::Gzip, Compression::Xz, Compression::Zstd];
 
 const WIDE: Bounds = Bounds { bytes_max: u64::MAX, expansion_max: u64::MAX };
 
@@ -20,11 +14,12 @@ fn pieces(bytes: &[u8], size: usize) -> ByteStream {
 }
 
 async fn collect(stream: ByteStream) -> Result<Vec<u8>, io::Error> {
-    stream.try_fold(Vec::new(), |mut all, bytes| async move {
-        all.extend_from_slice(&bytes);
-        Ok(all)
-    })
-    .await
+    stream
+        .try_fold(Vec::new(), |mut all, bytes| async move {
+            all.extend_from_slice(&bytes);
+            Ok(all)
+        })
+        .await
 }
 
 async fn encoded(bytes: &[u8], compression: Compression) -> Vec<u8> {
@@ -82,7 +77,9 @@ async fn what_is_cut_short_or_damaged_or_followed_by_something_else_is_an_error(
         damaged.resize(packed.len(), 0xa5);
         let cut = &packed[..packed.len() - 1];
         let followed = [packed.as_slice(), b"and then some"].concat();
-        for (what, bytes) in [("damaged", damaged.as_slice()), ("cut", cut), ("followed", &followed), ("other", b"plain")] {
+        for (what, bytes) in
+            [("damaged", damaged.as_slice()), ("cut", cut), ("followed", &followed), ("other", b"plain")]
+        {
             let error = collect(decode(pieces(bytes, 1000), compression, WIDE)).await.expect_err(what);
             assert!(matches!(CodingError::within(&error), Some(CodingError::Malformed { .. })), "{compression} {what}");
         }

@@ -47,8 +47,12 @@ impl HttpError {
 
     /// There is no such thing. Never to be remembered: it may come at any moment.
     pub fn not_found(message: impl Into<String>) -> Self {
-        Self::refused(StatusCode::NOT_FOUND, message)
-            .with(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))
+        Self::refused(StatusCode::NOT_FOUND, message).with(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))
+    }
+
+    /// A task that worked for the request panicked.
+    pub fn lost(error: tokio::task::JoinError) -> Self {
+        Self::internal(StatusCode::INTERNAL_SERVER_ERROR, Panicked(error.to_string()))
     }
 
     /// Adds a header to the response.
@@ -68,19 +72,29 @@ impl From<Error> for HttpError {
     fn from(error: Error) -> Self {
         // A body that we ended ourselves says so inside.
         if let Error::Body(source) = &error
-            && let Some(refusal) = BodyError::within(source).map(refusal).or_else(|| CodingError::within(source).map(coding))
+            && let Some(refusal) =
+                BodyError::within(source).map(refusal).or_else(|| CodingError::within(source).map(coding))
         {
             return refusal;
         }
         let status = status(error.kind());
-        if status.is_server_error() {
-            return Self::internal(status, error);
-        }
         if status == StatusCode::NOT_FOUND {
             return Self::not_found(error.to_string());
         }
-        Self::refused(status, error.chain())
+        if status.is_client_error() && is_about_the_request(&error) {
+            return Self::refused(status, error.chain());
+        }
+        let status = if status.is_client_error() { StatusCode::INTERNAL_SERVER_ERROR } else { status };
+        Self::internal(status, error)
     }
+}
+
+/// Whether an error says what is wrong with what the client sent, and nothing about this server.
+const fn is_about_the_request(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Nar(_) | Error::Unstorable(_) | Error::Rejected { .. } | Error::TooLarge { .. } | Error::Body(_)
+    )
 }
 
 /// The status of each kind of error.

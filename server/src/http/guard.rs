@@ -18,7 +18,9 @@ pub async fn guard(State(shared): State<Shared>, request: Request, next: Next) -
     let authorization = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let (refusal, message) = match shared.tokens.may_push(authorization) {
         Access::Granted => return next.run(request).await,
-        Access::Missing => (Refusal::NoToken, "pushing needs a token, as bearer token or as password in the netrc file"),
+        Access::Missing => {
+            (Refusal::NoToken, "pushing needs a token, as bearer token or as password in the netrc file")
+        }
         Access::Wrong => (Refusal::WrongToken, "the token is not one of this server's"),
     };
     shared.metrics.refused(refusal);

@@ -14,8 +14,8 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use narlake_format::api::{
-    API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse, NDJSON,
-    decode_locate,
+    API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse,
+    NDJSON, decode_locate,
 };
 use narlake_format::id::ID_LEN;
 use narlake_format::lake::location::PackRef;
@@ -26,8 +26,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::HttpError;
-use super::range::{self, Asked};
-use super::{Shared, State as Parts, body};
+use super::{Shared, State as Parts, body, range};
 
 /// Largest JSON body of a request: the longest base names, quoted, of the largest closure.
 const JSON_BYTES_MAX: usize = CLOSURE_MAX * 256;
@@ -55,10 +54,7 @@ pub struct ByHash {
 }
 
 /// `GET paths/<hash>`: the path record itself.
-pub async fn path(
-    State(shared): State<Shared>,
-    Path(ByHash { hash }): Path<ByHash>,
-) -> Result<Response, HttpError> {
+pub async fn path(State(shared): State<Shared>, Path(ByHash { hash }): Path<ByHash>) -> Result<Response, HttpError> {
     let hash: StorePathHash = hash.parse().map_err(|_| HttpError::invalid(format!("{hash:?} is not a hash part")))?;
     let record = shared.lake.lookup(&shared.cache, &hash).await?;
     let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
@@ -142,21 +138,16 @@ pub async fn pack(
         return Err(HttpError::not_found(format!("there is no pack {pack}")));
     }
     let asked = headers.get(header::RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    // Neither end may be left open: the length of the pack is the bucket's to know.
-    let Asked::Part(range) = range::parse(asked, u64::MAX) else {
-        return Err(HttpError::invalid("packs are read by ranges, bytes=<first>-<last>"));
-    };
+    // Neither end may be left open: to learn the length of the pack would cost a request of its own.
+    let range = range::closed(asked)
+        .ok_or_else(|| HttpError::invalid("packs are read by ranges with two ends, bytes=<first>-<last>"))?;
     if range.end - range.start > PACK_MAX as u64 {
         let message = format!("a range of a pack may have at most {PACK_MAX} bytes");
         return Err(HttpError::refused(StatusCode::RANGE_NOT_SATISFIABLE, message));
     }
     let bytes = shared.lake.read_pack(&pack, range.clone()).await?;
     let content_range = format!("bytes {}-{}/*", range.start, range.end - 1);
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream"),
-        (header::CONTENT_RANGE, content_range.as_str()),
-        (header::CACHE_CONTROL, "immutable"),
-    ];
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CONTENT_RANGE, content_range.as_str())];
     Ok((StatusCode::PARTIAL_CONTENT, headers, bytes).into_response())
 }
 
@@ -167,7 +158,8 @@ async fn json<T: DeserializeOwned>(
     body: Body,
 ) -> Result<T, HttpError> {
     let text = body::whole(state, route, headers, body, JSON_BYTES_MAX).await?;
-    serde_json::from_slice(&text).map_err(|error| HttpError::invalid(format!("the body is not what is expected: {error}")))
+    serde_json::from_slice(&text)
+        .map_err(|error| HttpError::invalid(format!("the body is not what is expected: {error}")))
 }
 
 fn bounded(what: &str, count: usize) -> Result<(), HttpError> {

@@ -42,9 +42,8 @@ pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Re
         Err(ListError::Lake(error)) => return Err(error.into()),
         Err(ListError::Listing(error)) => return Err(HttpError::not_found(format!("{hash} has no listing: {error}"))),
     };
-    let rest = stream::try_unfold(lister, |mut lister| async move {
-        Ok(lister.next().await?.map(|text| (text, lister)))
-    });
+    let rest =
+        stream::try_unfold(lister, |mut lister| async move { Ok(lister.next().await?.map(|text| (text, lister))) });
     let text = stream::iter([Ok::<_, ListError>(first)]).chain(rest);
     Ok(([(header::CONTENT_TYPE, "application/json")], body::outgoing(text)).into_response())
 }

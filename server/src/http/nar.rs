@@ -115,10 +115,7 @@ fn supported(compression: Compression) -> Result<(), HttpError> {
 }
 
 /// Finds out what a file without suffix is: Nix gives none to gzip, nor to lzma.
-async fn reveal(
-    mut stream: ByteStream,
-    named: Compression,
-) -> Result<(ByteStream, Compression), HttpError> {
+async fn reveal(mut stream: ByteStream, named: Compression) -> Result<(ByteStream, Compression), HttpError> {
     if named != Compression::None {
         return Ok((stream, named));
     }
@@ -147,8 +144,10 @@ pub async fn head(
     State(shared): State<Shared>,
     Target(cache): Target,
     Path(Object { file }): Path<Object>,
-    headers: HeaderMap,
+    mut headers: HeaderMap,
 ) -> Result<Response, HttpError> {
+    // Ranges are of GET alone.
+    headers.remove(header::RANGE);
     let name = Name::parse(&file)?;
     if let Name::Upload { file_hash, compression } = name {
         supported(compression).map_err(|_| missing(&file))?;
@@ -222,12 +221,27 @@ const NAR: &str = "application/x-nix-nar";
 
 /// How a NAR is answered.
 enum Answer {
-    Whole { etag: String, length: u64 },
-    Part { etag: String, length: u64, range: Range<u64> },
+    Whole {
+        etag: String,
+        length: u64,
+    },
+    Part {
+        etag: String,
+        length: u64,
+        range: Range<u64>,
+    },
     /// Compressed on the way; `coding` if the client asked for a content coding rather than for a compressed file.
-    Compressed { etag: String, compression: Compression, coding: bool },
-    NotModified { etag: String },
-    Unsatisfiable { length: u64 },
+    Compressed {
+        etag: String,
+        compression: Compression,
+        coding: bool,
+    },
+    NotModified {
+        etag: String,
+    },
+    Unsatisfiable {
+        length: u64,
+    },
 }
 
 impl Answer {
@@ -314,7 +328,9 @@ fn accepts_zstd(header: &str) -> bool {
         let mut parameters = item.split(';').map(str::trim);
         let named = parameters.next().is_some_and(|name| name.eq_ignore_ascii_case("zstd"));
         let refused = parameters.any(|parameter| {
-            parameter.strip_prefix("q=").is_some_and(|quality| quality.parse::<f32>().is_ok_and(|quality| quality <= 0.0))
+            parameter
+                .strip_prefix("q=")
+                .is_some_and(|quality| quality.parse::<f32>().is_ok_and(|quality| quality <= 0.0))
         });
         named && !refused
     })
@@ -333,9 +349,7 @@ where
                 let Some(mut bytes) = nar.next().await.transpose()? else { break };
                 let start = at;
                 at += bytes.len() as u64;
-                let within = |place: u64| {
-                    usize::try_from(place.clamp(start, at) - start).unwrap_or(usize::MAX)
-                };
+                let within = |place: u64| usize::try_from(place.clamp(start, at) - start).unwrap_or(usize::MAX);
                 bytes.truncate(within(range.end));
                 let bytes = bytes.slice(within(range.start).min(bytes.len())..);
                 if !bytes.is_empty() {
@@ -371,8 +385,16 @@ mod tests {
             assert_eq!(name, Name::Upload { file_hash: hash, compression });
         }
         for wrong in [
-            "", ".nar", "x.nar", &digits, &format!("{digits}.nar.zip"), &format!("{path}-{digits}.nar.xz"),
-            &format!("{path}-.nar"), &format!("{digits}.narinfo"), &hash.to_hex(), &format!("{}.nar", hash.to_hex()),
+            "",
+            ".nar",
+            "x.nar",
+            &digits,
+            &format!("{digits}.nar.zip"),
+            &format!("{path}-{digits}.nar.xz"),
+            &format!("{path}-.nar"),
+            &format!("{digits}.narinfo"),
+            &hash.to_hex(),
+            &format!("{}.nar", hash.to_hex()),
             "../../etc/passwd.nar",
         ] {
             assert!(Name::parse(wrong).is_err(), "{wrong}");

@@ -10,7 +10,7 @@ use narlake_format::nix::store_path::StorePathHash;
 use narlake_storage::{Cache, Outcome};
 
 use super::error::HttpError;
-use super::{State, body};
+use super::{Shared, State, body};
 
 const ROUTE: &str = "/{hash}.narinfo";
 
@@ -23,8 +23,11 @@ pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Re
 
 /// Publishes a path whose NAR has been uploaded. Answered 201 when the path is new and 200 when it was there; a path
 /// that was there with another NarHash stays as it is.
+///
+/// A commit that has begun is carried through even if its client goes away: half of one would be a path that is visible
+/// before its references were looked at for the last time.
 pub async fn put(
-    state: &State,
+    state: &Shared,
     cache: &Cache,
     hash: StorePathHash,
     headers: &HeaderMap,
@@ -36,7 +39,9 @@ pub async fn put(
         let message = format!("the narinfo is of {}, the URL is of {hash}", info.store_path);
         return Err(HttpError::invalid(message));
     }
-    let published = state.lake.publish(cache, info, state.signers.keys()).await?;
+    let (shared, cache) = (Shared::clone(state), cache.clone());
+    let commit = async move { shared.lake.publish(&cache, info, shared.signers.keys()).await };
+    let published = state.commits.spawn(commit).await.map_err(HttpError::lost)??;
     let status = match published.outcome {
         Outcome::New => StatusCode::CREATED,
         Outcome::Known | Outcome::NotReproducible => StatusCode::OK,

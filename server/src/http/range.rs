@@ -21,27 +21,56 @@ pub fn parse(header: &str, length: u64) -> Asked {
         return Asked::Whole;
     };
     let Some((first, last)) = range.split_once('-') else { return Asked::Whole };
-    let number = |text: &str| (!text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())).then(|| {
-        // Digits that do not fit are beyond any length.
-        text.parse::<u64>().unwrap_or(u64::MAX)
-    });
+    let number = |text: &str| {
+        (!text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())).then(|| {
+            // Digits that do not fit are beyond any length.
+            text.parse::<u64>().unwrap_or(u64::MAX)
+        })
+    };
     match (number(first), number(last)) {
         (Some(first), Some(last)) if last < first => Asked::Whole,
         (Some(first), _) if first >= length => {
-            if last.is_empty() || number(last).is_some() { Asked::Unsatisfiable } else { Asked::Whole }
+            if last.is_empty() || number(last).is_some() {
+                Asked::Unsatisfiable
+            } else {
+                Asked::Whole
+            }
         }
         (Some(first), Some(last)) => Asked::Part(first..length.min(last.saturating_add(1))),
         (Some(first), None) if last.is_empty() => Asked::Part(first..length),
         (None, Some(suffix)) if first.is_empty() => {
-            if suffix == 0 || length == 0 { Asked::Unsatisfiable } else { Asked::Part(length.saturating_sub(suffix)..length) }
+            if suffix == 0 || length == 0 {
+                Asked::Unsatisfiable
+            } else {
+                Asked::Part(length.saturating_sub(suffix)..length)
+            }
         }
         _ => Asked::Whole,
     }
 }
 
+/// The range of a header that names both ends, for content whose length is not known.
+#[must_use]
+pub fn closed(header: &str) -> Option<Range<u64>> {
+    let (first, last) = header.trim().strip_prefix("bytes=")?.split_once('-')?;
+    let number = |text: &str| text.bytes().all(|c| c.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
+    let (first, last) = (number(first)?, number(last)?);
+    (first <= last).then(|| Some(first..last.checked_add(1)?))?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_ends() {
+        assert_eq!(closed("bytes=3-5"), Some(3..6));
+        assert_eq!(closed("bytes=0-0"), Some(0..1));
+        for header in ["bytes=3-", "bytes=-5", "bytes=5-3", "bytes=0-18446744073709551615", "bytes=0-1,3-4", "3-5", ""]
+        {
+            assert_eq!(closed(header), None, "{header}");
+        }
+    }
 
     #[test]
     fn headers() {
@@ -59,7 +88,18 @@ mod tests {
         check("bytes=100-200", Asked::Unsatisfiable);
         check("bytes=99999999999999999999-", Asked::Unsatisfiable);
         check("bytes=-0", Asked::Unsatisfiable);
-        for ignored in ["", "bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=5-4", "bytes=+1-2", "bytes=0-1,3-4", "items=0-1", "bytes=100-x"] {
+        for ignored in [
+            "",
+            "bytes",
+            "bytes=",
+            "bytes=-",
+            "bytes=a-b",
+            "bytes=5-4",
+            "bytes=+1-2",
+            "bytes=0-1,3-4",
+            "items=0-1",
+            "bytes=100-x",
+        ] {
             check(ignored, Asked::Whole);
         }
         assert_eq!(parse("bytes=0-0", 0), Asked::Unsatisfiable);

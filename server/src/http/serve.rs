@@ -51,10 +51,7 @@ impl fmt::Display for Peer {
 /// Serves connections until told to stop, then lets requests under way end, and breaks those off that do not in time.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, metrics: Metrics, stop: CancellationToken) {
     let mut http = Builder::new(TokioExecutor::new());
-    http.http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout())
-        .max_buf_size(HEAD_BYTES_MAX);
+    http.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout()).max_buf_size(HEAD_BYTES_MAX);
     http.http2()
         .timer(TokioTimer::new())
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))

@@ -44,7 +44,8 @@ enum Kind {
 }
 
 fn kind(file: &str) -> Result<Kind, HttpError> {
-    let parse = |text: &str| text.parse().map_err(|_| HttpError::not_found(format!("{file} does not begin with a hash part")));
+    let parse =
+        |text: &str| text.parse().map_err(|_| HttpError::not_found(format!("{file} does not begin with a hash part")));
     if let Some(hash) = file.strip_suffix(".narinfo") {
         return parse(hash).map(Kind::NarInfo);
     }

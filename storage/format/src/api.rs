@@ -13,6 +13,8 @@
 //! | `POST /locate` | 32 bytes for each blob id | [`LocateResponse`] |
 //! | `GET /packs/<domain>/<ulid>` with `Range` | | bytes of the pack |
 
+pub mod control;
+
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
@@ -162,3 +164,6 @@ impl LocateResponse {
         self.locations.iter().map(|line| line.as_ref().map(place).transpose()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

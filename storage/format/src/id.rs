@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 pub use ulid::Ulid;
 
@@ -27,7 +28,9 @@ macro_rules! content_id {
             /// The id of these bytes.
             #[must_use]
             pub fn of(bytes: &[u8]) -> Self {
-                Self(*blake3::Hasher::new_derive_key(Self::CONTEXT).update(bytes).finalize().as_bytes())
+                // Deriving the key from the context costs as much as hashing a kilobyte: done once.
+                static KEYED: LazyLock<blake3::Hasher> = LazyLock::new(|| blake3::Hasher::new_derive_key($context));
+                Self(*KEYED.clone().update(bytes).finalize().as_bytes())
             }
 
             /// An id read from a format that already carries its own check.
@@ -116,7 +119,8 @@ impl FileId {
     /// file counts as the chunk of no bytes.
     #[must_use]
     pub fn of_short(whole: &ChunkId) -> Self {
-        Self(*blake3::Hasher::new_derive_key(FILE_SHORT_CONTEXT).update(whole.as_bytes()).finalize().as_bytes())
+        static KEYED: LazyLock<blake3::Hasher> = LazyLock::new(|| blake3::Hasher::new_derive_key(FILE_SHORT_CONTEXT));
+        Self(*KEYED.clone().update(whole.as_bytes()).finalize().as_bytes())
     }
 
     /// An id read from a format that already carries its own check.

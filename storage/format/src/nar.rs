@@ -79,7 +79,10 @@ impl Event<'_> {
 /// Whether a name may be that of an entry: what a file system takes, and nothing that leads out of the directory.
 #[must_use]
 pub fn is_entry_name(name: &[u8]) -> bool {
-    !name.is_empty() && name.len() <= NAME_MAX && !matches!(name, b"." | b"..") && memchr::memchr2(b'/', 0, name).is_none()
+    !name.is_empty()
+        && name.len() <= NAME_MAX
+        && !matches!(name, b"." | b"..")
+        && memchr::memchr2(b'/', 0, name).is_none()
 }
 
 /// Why bytes are no NAR, or events no tree. Offsets count bytes from the start of the NAR.

@@ -16,6 +16,11 @@ impl Span {
     fn end(self) -> u64 {
         u64::from(self.offset) + u64::from(self.length)
     }
+
+    /// The bytes of the pack.
+    pub(super) fn range(self) -> Range<u64> {
+        u64::from(self.offset)..self.end()
+    }
 }
 
 /// Groups spans of one pack, sorted by offset, into reads: each group's spans and the range that covers them.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -35,9 +36,20 @@ impl FrameKey {
     }
 }
 
-/// Decoded frames of one read, or why there are none. Shared by all who wait, so errors are kept by reference.
-type Landing = Result<Arc<HashMap<FrameKey, Bytes>>, Arc<Error>>;
+/// What became of a frame. Shared by all who wait, so errors are kept by reference.
+pub(super) type Landed = Result<Bytes, Arc<Error>>;
+/// The frames of one read, each for itself: one that is damaged does not take its neighbours along.
+type Landing = Arc<HashMap<FrameKey, Landed>>;
 type Flight = Shared<BoxFuture<'static, Landing>>;
+
+/// How frames are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// What lies together in one range.
+    Joined,
+    /// Each frame alone, so that a pack that breaks off is blamed for what it lacks and nothing else.
+    Single,
+}
 
 pub(super) struct Flights {
     shared: Arc<Tower>,
@@ -47,6 +59,7 @@ pub(super) struct Flights {
 struct Tower {
     source: Arc<dyn BlobSource>,
     gap_bytes: u64,
+    deadline: Duration,
     permits: Semaphore,
     decoded: Cache<FrameKey, Bytes, ByLength>,
     // Held for a look-up or an insert only, never across an await.
@@ -69,6 +82,7 @@ impl Flights {
         let shared = Arc::new(Tower {
             source,
             gap_bytes: settings.gap_bytes,
+            deadline: settings.deadline,
             permits: Semaphore::new(settings.parallel.max(1)),
             decoded: Cache::with_weighter(items, settings.frame_cache_bytes, ByLength),
             flying: Mutex::default(),
@@ -77,8 +91,8 @@ impl Flights {
         Self { shared }
     }
 
-    /// The decoded content of these frames (sorted, each with its stored length).
-    pub(super) async fn frames(&self, wanted: &[(FrameKey, u32)]) -> Result<HashMap<FrameKey, Bytes>, Error> {
+    /// The decoded content of these frames (sorted, each with its stored length), or why there is none.
+    pub(super) async fn frames(&self, wanted: &[(FrameKey, u32)], reads: Reads) -> HashMap<FrameKey, Landed> {
         let mut landed = HashMap::new();
         let mut waits: Vec<Flight> = Vec::new();
         let mut start: Vec<(FrameKey, u32)> = Vec::new();
@@ -86,7 +100,7 @@ impl Flights {
             let mut flying = self.shared.flying.lock().unwrap_or_else(PoisonError::into_inner);
             for &(key, length) in wanted {
                 if let Some(frame) = self.shared.decoded.get(&key) {
-                    landed.insert(key, frame);
+                    landed.insert(key, Ok(frame));
                 } else if let Some(flight) = flying.get(&key) {
                     waits.push(flight.clone());
                 } else {
@@ -94,7 +108,11 @@ impl Flights {
                 }
             }
             for (pack, spans) in by_pack(&start) {
-                for (range, group) in coalesce(&spans, self.shared.gap_bytes) {
+                let groups = match reads {
+                    Reads::Joined => coalesce(&spans, self.shared.gap_bytes),
+                    Reads::Single => spans.into_iter().map(|span| (span.range(), vec![span])).collect(),
+                };
+                for (range, group) in groups {
                     let keys: Vec<FrameKey> =
                         group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
                     let flight = Arc::clone(&self.shared).depart(pack, range, group);
@@ -104,12 +122,9 @@ impl Flights {
             }
         }
         for landing in futures::future::join_all(waits).await {
-            match landing {
-                Ok(frames) => landed.extend(frames.iter().map(|(key, frame)| (*key, frame.clone()))),
-                Err(error) => return Err(copy_of(&error)),
-            }
+            landed.extend(landing.iter().map(|(key, frame)| (*key, frame.clone())));
         }
-        Ok(landed)
+        landed
     }
 
     /// Drops a decoded frame, because something in it did not verify.
@@ -119,39 +134,64 @@ impl Flights {
 }
 
 impl Tower {
-    /// Starts one read. It runs as a task of its own, so that it lands even if all who waited have gone.
+    /// Starts one read. It runs as a task of its own, so that it lands even if all who waited have gone; and it lands
+    /// at the deadline at the latest, so that a source that went silent once is asked again by whoever comes next.
     fn depart(self: Arc<Self>, pack: PackRef, range: Range<u64>, group: Vec<Span>) -> Flight {
+        let keys: Vec<FrameKey> = group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
+        let airborne = Airborne { tower: Arc::clone(&self), keys: keys.clone() };
+        let deadline = self.deadline;
         let task = tokio::spawn(async move {
-            let landing = self.fly(pack, range, &group).await.map(Arc::new).map_err(Arc::new);
-            let mut flying = self.flying.lock().unwrap_or_else(PoisonError::into_inner);
-            for span in &group {
-                flying.remove(&FrameKey { pack, offset: span.offset });
-            }
+            let landing = tokio::time::timeout(self.deadline, self.fly(pack, range, &group)).await;
+            drop(airborne);
             landing
         });
-        task.map(|joined| joined.unwrap_or_else(|_| Err(Arc::new(Error::Stopped("fetch task"))))).boxed().shared()
+        task.map(move |joined| {
+            let error = match joined {
+                Ok(Ok(frames)) => return Arc::new(frames),
+                Ok(Err(_)) => late(&pack, deadline),
+                Err(_) => Error::Stopped("fetch task"),
+            };
+            let error = Arc::new(error);
+            Arc::new(keys.into_iter().map(|key| (key, Err(Arc::clone(&error)))).collect())
+        })
+        .boxed()
+        .shared()
     }
 
-    async fn fly(&self, pack: PackRef, range: Range<u64>, group: &[Span]) -> Result<HashMap<FrameKey, Bytes>, Error> {
-        let permit = self.permits.acquire().await.map_err(|_| Error::Stopped("fetch"))?;
-        let start = range.start;
-        let bytes = self.read(pack, range).await?;
-        drop(permit);
+    async fn fly(&self, pack: PackRef, range: Range<u64>, group: &[Span]) -> HashMap<FrameKey, Landed> {
         let mut frames = HashMap::with_capacity(group.len());
+        let start = range.start;
+        let bytes = self.read_in_turn(pack, range).await.map_err(Arc::new);
         for span in group {
-            let at = usize::try_from(u64::from(span.offset) - start).unwrap_or(usize::MAX);
-            let stored = at
-                .checked_add(span.length as usize)
-                .filter(|end| *end <= bytes.len())
-                .map(|end| bytes.slice(at..end))
-                .ok_or_else(|| short(&pack, span.offset))?;
-            let content = self.decode(pack, span.offset, stored).await?;
             let key = FrameKey { pack, offset: span.offset };
-            self.counters.frames.fetch_add(1, Ordering::Relaxed);
-            self.decoded.insert(key, content.clone());
-            frames.insert(key, content);
+            let landed = match &bytes {
+                Ok(bytes) => self.land(pack, start, bytes, *span).await.map_err(Arc::new),
+                Err(error) => Err(Arc::clone(error)),
+            };
+            if let Ok(content) = &landed {
+                self.decoded.insert(key, content.clone());
+            }
+            frames.insert(key, landed);
         }
-        Ok(frames)
+        frames
+    }
+
+    async fn read_in_turn(&self, pack: PackRef, range: Range<u64>) -> Result<Bytes, Error> {
+        let _permit = self.permits.acquire().await.map_err(|_| Error::Stopped("fetch"))?;
+        self.read(pack, range).await
+    }
+
+    /// Takes one frame out of what was read from `start` on.
+    async fn land(&self, pack: PackRef, start: u64, bytes: &Bytes, span: Span) -> Result<Bytes, Error> {
+        let at = usize::try_from(u64::from(span.offset) - start).unwrap_or(usize::MAX);
+        let stored = at
+            .checked_add(span.length as usize)
+            .filter(|end| *end <= bytes.len())
+            .map(|end| bytes.slice(at..end))
+            .ok_or_else(|| short(&pack, span.offset))?;
+        let content = self.decode(pack, span.offset, stored).await?;
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        Ok(content)
     }
 
     async fn decode(&self, pack: PackRef, offset: u32, stored: Bytes) -> Result<Bytes, Error> {
@@ -188,6 +228,21 @@ impl Tower {
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         self.counters.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(bytes)
+    }
+}
+
+/// Frames on their way. They are struck off the list however their flight ends, a panic included.
+struct Airborne {
+    tower: Arc<Tower>,
+    keys: Vec<FrameKey>,
+}
+
+impl Drop for Airborne {
+    fn drop(&mut self) {
+        let mut flying = self.tower.flying.lock().unwrap_or_else(PoisonError::into_inner);
+        for key in &self.keys {
+            flying.remove(key);
+        }
     }
 }
 
@@ -228,7 +283,7 @@ fn short(pack: &PackRef, offset: u32) -> Error {
     }
 }
 
-/// An error for each of those who waited for one flight: the same kind, key and text.
-fn copy_of(error: &Arc<Error>) -> Error {
-    Error::Bucket { operation: "fetch", key: String::new(), kind: error.kind(), source: error.chain().into() }
+fn late(pack: &PackRef, limit: Duration) -> Error {
+    let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    Error::Deadline { operation: "read", key: keys::pack(pack), limit_ms }
 }

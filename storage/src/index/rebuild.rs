@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 
 use futures::{StreamExt, TryStreamExt};
 use narlake_format::id::SegmentId;
-use narlake_format::lake::keys;
+use narlake_format::lake::keys::{self, Key};
 use narlake_format::lake::location::PackRef;
 use narlake_format::lake::pack::PackFooter;
 use narlake_format::lake::segment::Segment;
@@ -31,7 +31,12 @@ impl Index {
             .into_iter()
             .filter_map(|object| Some((keys::parse_pack(&object.key)?, object)))
             .collect();
-        self.tables.write().unwrap_or_else(PoisonError::into_inner).packs = packs.iter().map(|(pack, _)| *pack).collect();
+        let marks = self.bucket.list(keys::DAMAGED, None).await?;
+        {
+            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+            tables.packs = packs.iter().map(|(pack, _)| *pack).collect();
+            tables.damaged = marks.iter().filter_map(|mark| damaged_frame(&mark.key)).collect();
+        }
         let covered = self.load_segments().await?;
         self.forget_lost_packs(&packs)?;
         let uncovered: Vec<_> = packs.into_iter().filter(|(pack, _)| !covered.contains(pack)).collect();
@@ -139,6 +144,14 @@ impl Index {
             self.kv.packs.put(object.key.as_bytes(), &object.size.to_le_bytes())?;
         }
         Ok(())
+    }
+}
+
+/// The frame that a mark is on.
+fn damaged_frame(key: &str) -> Option<(PackRef, u32)> {
+    match key.parse() {
+        Ok(Key::Damaged(pack, frame_offset)) => Some((pack, frame_offset)),
+        _ => None,
     }
 }
 

@@ -95,10 +95,10 @@ impl Lake {
     pub async fn default_cache(&self, name: &str, keys: &[PublicKey]) -> Result<Cache, Error> {
         let name: CacheName =
             name.parse().map_err(|source| Error::Format { key: format!("cache name {name:?}"), source })?;
-        let found = self.caches().await?.into_iter().find(|cache| cache.document.name == name);
+        let found = self.cache_named(&name).await?;
         let (id, mut document) = match &found {
             Some(cache) => (cache.id, CacheDocument::clone(&cache.document)),
-            None => (CacheId(self.inner.mint.ulid()), CacheDocument::new(name, Visibility::Public)),
+            None => (CacheId(self.inner.mint.ulid()), CacheDocument::new(name.clone(), Visibility::Public)),
         };
         let known = document.public_keys.len();
         document.public_keys.extend(keys.iter().filter(|key| !document.public_keys.contains(key)).cloned().collect::<Vec<_>>());
@@ -109,7 +109,16 @@ impl Lake {
         }
         let key = keys::config(&id, &ConfigId(self.inner.mint.ulid()));
         self.inner.bucket.put_new(&key, document.encode()).await?;
-        Ok(Cache { id, document: Arc::new(document) })
+        // Two servers that start at once agree on the older one.
+        let made = Cache { id, document: Arc::new(document) };
+        match self.cache_named(&name).await? {
+            Some(first) if first.id != id => Box::pin(self.default_cache(name.as_str(), keys)).await,
+            _ => Ok(made),
+        }
+    }
+
+    async fn cache_named(&self, name: &CacheName) -> Result<Option<Cache>, Error> {
+        Ok(self.caches().await?.into_iter().find(|cache| cache.document.name == *name))
     }
 
     /// Every cache of the lake, by its newest configuration, oldest cache first.

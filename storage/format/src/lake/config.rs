@@ -310,7 +310,13 @@ impl UploadDocument {
 
 impl Document for UploadDocument {
     fn check(&self) -> Result<(), FormatError> {
-        check_version("upload document", self.version)
+        check_version("upload document", self.version)?;
+        match &self.inline_table {
+            Some(table) if table.id() != self.table => {
+                Err(FormatError::Checksum { field: "inline string table", offset: 0 })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -345,3 +351,6 @@ impl Document for FileDocument {
         check_version("file document", self.version)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -245,3 +245,6 @@ fn decode_table(text: &str) -> Result<StringTable, FormatError> {
     }
     StringTable::decode(&bytes)
 }
+
+#[cfg(test)]
+mod tests;

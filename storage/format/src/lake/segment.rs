@@ -57,8 +57,8 @@ fn fan_out_bits(entries: u64) -> u32 {
 /// The slot of the fan-out that an id belongs to.
 fn slot(id: &[u8], bits: u32) -> usize {
     let first = id.first_chunk::<4>().map_or(0, |bytes| u32::from_be_bytes(*bytes));
-    // A shift by all 32 bits would be none.
-    (u64::from(first) >> (32 - bits)) as usize
+    // `None` where there is but one slot, a shift by all bits.
+    first.checked_shr(32 - bits).unwrap_or(0) as usize
 }
 
 /// A location in the packs of one segment.

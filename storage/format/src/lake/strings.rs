@@ -189,4 +189,4 @@ impl StringTableBuilder {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -76,3 +76,16 @@ pub(super) fn check_size(size: u64, offset: u64) -> Result<(), NarError> {
 pub(super) const fn limit(what: &'static str, value: u64, max: u64, offset: u64) -> Result<(), NarError> {
     if value > max { Err(NarError::Limit { what, value, max, offset }) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_counted() {
+        let mut tree = Tree { entries: ENTRIES_MAX - 1, ..Tree::default() };
+        assert_eq!(tree.node(7), Ok(()));
+        let (value, max) = (ENTRIES_MAX + 1, ENTRIES_MAX);
+        assert_eq!(tree.node(7), Err(NarError::Limit { what: "number of entries", value, max, offset: 7 }));
+    }
+}

@@ -129,13 +129,13 @@ mod tests {
     #[test]
     fn refusals() {
         for (text, length) in [
-            ("0", 1),          // too short
-            ("000", 1),        // too long
-            ("80", 1),         // bits beyond the byte
-            ("zz", 1),         // likewise
-            ("0e", 1),         // not in the alphabet
-            ("0Z", 1),         // no upper case
-            ("0\u{e9}", 1),    // not ASCII
+            ("0", 1),       // too short
+            ("000", 1),     // too long
+            ("80", 1),      // bits beyond the byte
+            ("zz", 1),      // likewise
+            ("0e", 1),      // not in the alphabet
+            ("0Z", 1),      // no upper case
+            ("0\u{e9}", 1), // not ASCII
             ("", 1),
         ] {
             assert!(decode(text, length).is_err(), "{text:?}");

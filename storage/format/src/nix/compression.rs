@@ -33,17 +33,8 @@ pub enum Compression {
 
 impl Compression {
     /// Every compression.
-    pub const ALL: [Self; 9] = [
-        Self::None,
-        Self::Brotli,
-        Self::Bzip2,
-        Self::Gzip,
-        Self::Lz4,
-        Self::Lzip,
-        Self::Lzma,
-        Self::Xz,
-        Self::Zstd,
-    ];
+    pub const ALL: [Self; 9] =
+        [Self::None, Self::Brotli, Self::Bzip2, Self::Gzip, Self::Lz4, Self::Lzip, Self::Lzma, Self::Xz, Self::Zstd];
 
     /// The name in a narinfo.
     #[must_use]

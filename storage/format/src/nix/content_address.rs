@@ -65,7 +65,9 @@ impl ContentAddress {
             }
         };
         match self {
-            Self::Text(_) if self_reference => Err(FormatError::Syntax { field: "self reference of a text", offset: 0 }),
+            Self::Text(_) if self_reference => {
+                Err(FormatError::Syntax { field: "self reference of a text", offset: 0 })
+            }
             Self::Text(hash) => Ok(make_store_path(dir, &with_references("text"), hash, name)),
             Self::NixArchive(hash) => Ok(make_store_path(dir, &with_references("source"), hash, name)),
             Self::Flat(hash) => fixed(format!("fixed:out:sha256:{}:", hash.to_hex())),

@@ -56,7 +56,8 @@ impl NarInfo {
         if bytes.len() > NARINFO_MAX {
             return Err(NarInfoError::TooLong { length: bytes.len() as u64, max: NARINFO_MAX as u64 });
         }
-        let text = str::from_utf8(bytes).map_err(|error| NarInfoError::NotText { offset: error.valid_up_to() as u64 })?;
+        let text =
+            str::from_utf8(bytes).map_err(|error| NarInfoError::NotText { offset: error.valid_up_to() as u64 })?;
         if let Some(offset) = text.bytes().position(|byte| byte.is_ascii_control() && byte != b'\n') {
             return Err(NarInfoError::NotText { offset: offset as u64 });
         }

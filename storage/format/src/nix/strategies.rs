@@ -34,9 +34,8 @@ pub(crate) fn signature() -> impl Strategy<Value = Signature> {
 }
 
 pub(crate) fn content_address() -> impl Strategy<Value = ContentAddress> {
-    let other = (any::<[u8; 20]>(), prop_oneof![Just(""), Just("r:"), Just("git:")]).prop_map(|(digest, method)| {
-        format!("fixed:{method}sha1:{}", super::base32::encode(&digest)).parse().unwrap()
-    });
+    let other = (any::<[u8; 20]>(), prop_oneof![Just(""), Just("r:"), Just("git:")])
+        .prop_map(|(digest, method)| format!("fixed:{method}sha1:{}", super::base32::encode(&digest)).parse().unwrap());
     prop_oneof![
         sha256().prop_map(ContentAddress::Text),
         sha256().prop_map(ContentAddress::Flat),
@@ -53,7 +52,8 @@ pub(crate) fn narinfo() -> impl Strategy<Value = NarInfo> {
         option::of(1..=NAR_SIZE_MAX),
     );
     let nar = (sha256(), 1..=NAR_SIZE_MAX, store_paths(), option::of(store_path()));
-    let rest = (btree_set(signature(), 0..3), option::of(content_address()), vec(("X-[A-Za-z]{1,5}", "[ -~]{0,9}"), 0..3));
+    let rest =
+        (btree_set(signature(), 0..3), option::of(content_address()), vec(("X-[A-Za-z]{1,5}", "[ -~]{0,9}"), 0..3));
     (store_path(), file, nar, rest).prop_map(
         |(
             store_path,

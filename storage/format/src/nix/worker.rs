@@ -35,7 +35,11 @@ pub enum WorkerError {
         magic: u64,
     },
     /// The client's version is too old, or has another major number.
-    #[error("client speaks version {version} of the worker protocol, this server speaks {} to {}", Version::MIN, Version::MAX)]
+    #[error(
+        "client speaks version {version} of the worker protocol, this server speaks {} to {}",
+        Version::MIN,
+        Version::MAX
+    )]
     Version {
         /// Its version.
         version: Version,

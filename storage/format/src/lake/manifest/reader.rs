@@ -3,7 +3,7 @@
 use super::column::{Column, ColumnInputs, Lengths};
 use super::header::{ManifestHeader, PartRef};
 use super::shape;
-use super::tree::{PatchPlaces, Tree};
+use super::tree::{PatchPlaces, Tree, check_target};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, PartId};
 use crate::lake::scrub::Patch;
@@ -175,13 +175,10 @@ impl ManifestReader {
         on: &mut impl FnMut(ManifestEvent<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         self.tree.symlink()?;
-        let offset = columns.column(Column::Size).offset();
         let number = columns.column(Column::Size).varint_max("length of target", (TARGET_MAX as u64) << 1 | 1)?;
         let length = number >> 1;
-        if length == 0 {
-            return Err(FormatError::Syntax { field: "length of target", offset }.into());
-        }
         let target = columns.column(Column::Target).take("target", usize::try_from(length).unwrap_or(usize::MAX))?;
+        check_target(target, self.tree.entries)?;
         self.patches.clear();
         let mut places = PatchPlaces::default();
         for _ in 0..patch_count(columns, number)? {

@@ -4,7 +4,7 @@
 use crate::error::FormatError;
 use crate::id::{ChunkId, FILE_ID_INLINE_MAX, FileId};
 use crate::lake::scrub::Patch;
-use crate::limits::{CHUNK_MAX, DEPTH_MAX, ENTRIES_MAX, NAME_MAX, NAR_SIZE_MAX, STRINGS_MAX};
+use crate::limits::{CHUNK_MAX, DEPTH_MAX, ENTRIES_MAX, NAME_MAX, NAR_SIZE_MAX, STRINGS_MAX, TARGET_MAX};
 use crate::nix::store_path::STORE_HASH_CHARS;
 
 /// The shortest span that a patch stands for: a hash, or a hash, a dash and a name of one character.
@@ -66,6 +66,18 @@ impl PatchPlaces {
         self.end_min = start + shortest_span(patch);
         Ok(())
     }
+}
+
+/// The rules of a symlink's target; the offset is the number of entries.
+pub(super) fn check_target(target: &[u8], entries: u64) -> Result<(), FormatError> {
+    if target.len() > TARGET_MAX {
+        let (value, max) = (target.len() as u64, TARGET_MAX as u64);
+        return Err(FormatError::Limit { field: "length of target", value, max, offset: entries });
+    }
+    if target.is_empty() || target.contains(&0) {
+        return Err(FormatError::Syntax { field: "target", offset: entries });
+    }
+    Ok(())
 }
 
 impl Tree {

@@ -3,13 +3,13 @@
 use super::column::{Column, Columns};
 use super::header::{ManifestHeader, PARTS_MAX, PartRef};
 use super::shape;
-use super::tree::{PatchPlaces, Tree};
+use super::tree::{PatchPlaces, Tree, check_target};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, ManifestId, PartId};
 use crate::lake::chunker::ChunkerVersion;
 use crate::lake::scrub::{Patch, ScrubVersion};
 use crate::lake::wire::put_varint;
-use crate::limits::{PART_MAX, TARGET_MAX};
+use crate::limits::PART_MAX;
 
 /// A complete part.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -118,11 +118,8 @@ impl ManifestWriter {
     /// Where the tree is not one.
     pub fn symlink(&mut self, target: &[u8], patches: &[Patch]) -> Result<(), FormatError> {
         self.tree.symlink()?;
+        check_target(target, self.tree.entries)?;
         let length = target.len() as u64;
-        if target.is_empty() || target.len() > TARGET_MAX {
-            let (max, offset) = (TARGET_MAX as u64, self.tree.entries);
-            return Err(FormatError::Limit { field: "length of target", value: length, max, offset });
-        }
         self.node(shape::SYMLINK);
         let mut places = PatchPlaces::default();
         for patch in patches {

@@ -224,7 +224,7 @@ fn decode_tables(tables: &[u8], trailer: &Trailer, pack_length: u64) -> Result<P
         let (entry, blob_count) = decode_frame(&mut frame_input, number, offset, super::count(&blobs))?;
         for base in entry.base.iter().flat_map(|window| window.frames()) {
             // Depth is one, and a base comes before its delta.
-            if !frames.get(base as usize).is_some_and(|base| base.base.is_none()) {
+            if frames.get(base as usize).is_none_or(|base| base.base.is_some()) {
                 return Err(FormatError::Syntax { field: "base of frame", offset: at });
             }
         }

@@ -53,9 +53,8 @@ fn references_where_the_method_has_none() {
     let name: StorePathName = "a".parse().unwrap();
     let hash = Sha256Hash::of(b"abc");
     let other: StorePath = "p4pclmv1gyja5kzc26npqpia1qqxrf0l-b".parse().unwrap();
-    let path = |address: ContentAddress, references: &[StorePath], itself| {
-        address.store_path(&dir, &name, references, itself)
-    };
+    let path =
+        |address: ContentAddress, references: &[StorePath], itself| address.store_path(&dir, &name, references, itself);
     assert!(path(ContentAddress::Flat(hash), &[], false).is_ok());
     assert!(path(ContentAddress::Flat(hash), &[], true).is_err());
     assert!(path(ContentAddress::Flat(hash), std::slice::from_ref(&other), false).is_err());

@@ -18,7 +18,7 @@ fn events() -> Vec<Event<'static>> {
 }
 
 const TEXT: &str = concat!(
-    r#"{"root":{"entries":{"a":{"executable":true,"narOffset":232,"size":3,"type":"regular"},"#,
+    r#"{"root":{"entries":{"a":{"executable":true,"narOffset":264,"size":3,"type":"regular"},"#,
     r#""d":{"entries":{},"type":"directory"},"l":{"target":"a \"b\"\n","type":"symlink"}},"#,
     r#""type":"directory"},"version":1}"#
 );
@@ -45,7 +45,7 @@ fn text() {
 #[test]
 fn tree() {
     let Listing { root } = Listing::parse(TEXT.as_bytes()).unwrap();
-    assert_eq!(root.get("/a"), Some(&Node::Regular { size: 3, executable: true, nar_offset: Some(232) }));
+    assert_eq!(root.get("/a"), Some(&Node::Regular { size: 3, executable: true, nar_offset: Some(264) }));
     assert_eq!(root.get("l"), Some(&Node::Symlink { target: "a \"b\"\n".into() }));
     assert_eq!(root.get("d/"), Some(&Node::Directory { entries: BTreeMap::new() }));
     assert_eq!(root.get(""), Some(&root));

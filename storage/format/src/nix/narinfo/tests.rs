@@ -49,7 +49,8 @@ fn what_nix_lets_vary() {
     let lines: Vec<_> = TEXT.lines().rev().collect();
     same(NarInfo::parse(&StoreDir::default(), format!("{}\n", lines.join("\n")).as_bytes()));
     // References are a set.
-    let (first, second) = ("0d71ygfwbmy1xjlbj1v027dfmy9cqavy-libffi-3.3", "p4pclmv1gyja5kzc26npqpia1qqxrf0l-ruby-2.7.3");
+    let (first, second) =
+        ("0d71ygfwbmy1xjlbj1v027dfmy9cqavy-libffi-3.3", "p4pclmv1gyja5kzc26npqpia1qqxrf0l-ruby-2.7.3");
     same(with(&format!("{first} {second}"), &format!("{second}  {first} {second} ")));
 
     assert_eq!(with("Compression: xz\n", "").unwrap().compression, Compression::Bzip2);
@@ -161,7 +162,9 @@ proptest! {
         let dir = StoreDir::default();
         let text = info.to_text(&dir).into_bytes();
         let intact = Ok(info);
-        for length in 0..text.len() {
+        // Some caches leave `References` out where there are none, so cutting off an empty one changes nothing.
+        let bare = text.windows(14).position(|line| line == b"\nReferences: \n").map_or(0, |before| before + 1);
+        for length in (0..text.len()).filter(|length| *length != bare) {
             prop_assert_ne!(&NarInfo::parse(&dir, &text[..length]), &intact);
         }
         let mut text = text;

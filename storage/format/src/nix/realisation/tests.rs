@@ -33,7 +33,8 @@ fn documents() {
     let by_path: RealisationKey = format!("build-trace-v2/{DRV}/out.doi").parse().unwrap();
     let accepted = |key: &RealisationKey, text: &str| Realisation::parse(key, text.as_bytes()).is_ok();
 
-    let old = format!(r#"{{"dependentRealisations":{{"{ID}":"{OUT}"}},"id":"{ID}","outPath":"{OUT}","signatures":[]}}"#);
+    let old =
+        format!(r#"{{"dependentRealisations":{{"{ID}":"{OUT}"}},"id":"{ID}","outPath":"{OUT}","signatures":[]}}"#);
     let parsed = Realisation::parse(&by_hash, old.as_bytes()).unwrap();
     assert_eq!(parsed.out_path.to_string(), OUT);
     assert_eq!(parsed.dependent.len(), 1);

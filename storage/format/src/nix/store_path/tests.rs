@@ -16,7 +16,9 @@ fn names() {
     for valid in ["a", "ruby-2.7.3", "+-._?=Zz9", ".a", "..a", ".gitignore", "...", "-", "--", "=", &"x".repeat(211)] {
         check_name(valid, true);
     }
-    for invalid in ["", ".", "..", ".-", "..-", ".-a", "..-a", "a/b", "a b", "a,b", "a\n", "\u{e4}", "a\0", &"x".repeat(212)] {
+    for invalid in
+        ["", ".", "..", ".-", "..-", ".-a", "..-a", "a/b", "a b", "a,b", "a\n", "\u{e4}", "a\0", &"x".repeat(212)]
+    {
         check_name(invalid, false);
     }
 }
@@ -31,7 +33,9 @@ fn paths() {
     assert_eq!(path.display_in(&dir).to_string(), absolute);
     assert_eq!(StorePath::parse_absolute(&dir, &absolute), Ok(path));
 
-    for invalid in ["", HASH, &HASH[1..], &format!("{HASH}_a"), &format!("{}-a", HASH.replace('p', "e")), &"\u{e4}".repeat(20)] {
+    for invalid in
+        ["", HASH, &HASH[1..], &format!("{HASH}_a"), &format!("{}-a", HASH.replace('p', "e")), &"\u{e4}".repeat(20)]
+    {
         assert!(invalid.parse::<StorePath>().is_err(), "{invalid:?}");
     }
     for invalid in ["", &format!("{HASH}-a"), &format!("/nix/store{HASH}-a"), &format!("/nix/store//{HASH}-a")] {
@@ -46,7 +50,9 @@ fn directories() {
     for valid in ["/nix/store", "/a", "/srv/.store/x"] {
         assert_eq!(valid.parse::<StoreDir>().unwrap().as_str(), valid);
     }
-    for invalid in ["", "/", "nix/store", "/nix/store/", "//nix", "/nix/./store", "/nix/../store", "/a\nb", "/a b", "/a,b"] {
+    for invalid in
+        ["", "/", "nix/store", "/nix/store/", "//nix", "/nix/./store", "/nix/../store", "/a\nb", "/a b", "/a,b"]
+    {
         assert!(invalid.parse::<StoreDir>().is_err(), "{invalid:?}");
     }
     assert!(format!("/{}", "a".repeat(STORE_DIR_MAX)).parse::<StoreDir>().is_err());

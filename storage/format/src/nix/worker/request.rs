@@ -193,9 +193,7 @@ impl Request {
                 let target = |bytes: &[u8]| path(bytes.split(|byte| *byte == b'!').next().unwrap_or_default());
                 cursor.list()?.into_iter().map(target).collect::<Result<_, _>>().map(Self::QueryMissing)
             }
-            Operation::QueryRealisation => {
-                text(cursor.bytes()?).and_then(str::parse).map(Self::QueryRealisation)
-            }
+            Operation::QueryRealisation => text(cursor.bytes()?).and_then(str::parse).map(Self::QueryRealisation),
         })
     }
 }

@@ -5,9 +5,10 @@ use proptest::prelude::*;
 use super::handshake::{MAGIC_CLIENT, MAGIC_SERVER};
 use super::wire::{put_list, put_string, put_u64};
 use super::*;
+use crate::error::FormatError;
 use crate::limits::{WORKER_LIST_MAX, WORKER_STRING_MAX};
 use crate::nix::realisation::DrvOutput;
-use crate::nix::store_path::{StoreDir, StorePathHash};
+use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use crate::nix::strategies::{content_address, name, sha256, signature, store_path, store_paths};
 
 fn words(words: &[u64]) -> Vec<u8> {
@@ -68,17 +69,17 @@ fn handshakes() {
         assert_eq!(shake(&words(&[MAGIC_CLIENT, version.0])), Err(WorkerError::Version { version }));
     }
     assert_eq!(shake(b"GET / HTTP/1.1\r\n"), Err(WorkerError::Magic { magic: u64::from_le_bytes(*b"GET / HT") }));
-    assert_eq!(WorkerError::Version { version: Version(0x112) }.to_string().contains("1.18"), true);
+    assert!(WorkerError::Version { version: Version(0x112) }.to_string().contains("version 1.18"));
 }
 
 const PATH: &str = "/nix/store/p4pclmv1gyja5kzc26npqpia1qqxrf0l-ruby-2.7.3";
 
-fn path() -> crate::nix::store_path::StorePath {
-    crate::nix::store_path::StorePath::parse_absolute(&StoreDir::default(), PATH).unwrap()
+fn path() -> StorePath {
+    StorePath::parse_absolute(&StoreDir::default(), PATH).unwrap()
 }
 
 #[track_caller]
-fn complete(bytes: &[u8]) -> Result<Request, crate::error::FormatError> {
+fn complete(bytes: &[u8]) -> Result<Request, FormatError> {
     match Request::decode(&StoreDir::default(), bytes).unwrap() {
         Decoded::Complete { value, length } => {
             assert_eq!(length, bytes.len());
@@ -111,10 +112,7 @@ fn requests() {
     assert_eq!(complete(&options), Ok(Request::SetOptions));
     assert_eq!(complete(&words(&[23])), Ok(Request::QueryAllValidPaths));
     let hash = path().hash;
-    assert_eq!(
-        complete(&[words(&[29]), string(&hash.to_string())].concat()),
-        Ok(Request::QueryPathFromHashPart(hash))
-    );
+    assert_eq!(complete(&[words(&[29]), string(&hash.to_string())].concat()), Ok(Request::QueryPathFromHashPart(hash)));
     let paths = |substitute| Request::QueryValidPaths { paths: vec![path()], substitute };
     assert_eq!(complete(&[words(&[31, 1]), string(PATH), words(&[0])].concat()), Ok(paths(false)));
     assert_eq!(complete(&[words(&[31, 1]), string(PATH), words(&[1])].concat()), Ok(paths(true)));
@@ -191,8 +189,7 @@ fn request() -> impl Strategy<Value = Request> {
         store_path().prop_map(Request::QueryPathInfo),
         store_path().prop_map(Request::QueryReferrers),
         any::<[u8; 20]>().prop_map(|hash| Request::QueryPathFromHashPart(StorePathHash::from_bytes(hash))),
-        (store_paths(), any::<bool>())
-            .prop_map(|(paths, substitute)| Request::QueryValidPaths { paths, substitute }),
+        (store_paths(), any::<bool>()).prop_map(|(paths, substitute)| Request::QueryValidPaths { paths, substitute }),
         store_paths().prop_map(Request::QueryMissing),
         (sha256(), name()).prop_map(|(drv_hash, output)| Request::QueryRealisation(DrvOutput { drv_hash, output })),
         Just(Request::QueryAllValidPaths),

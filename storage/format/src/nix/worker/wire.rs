@@ -70,9 +70,9 @@ pub(super) fn decode<T>(
     let mut cursor = Cursor { bytes, at: 0 };
     match read(&mut cursor) {
         Ok(value) => Ok(Decoded::Complete { value, length: cursor.at }),
-        Err(Stop::Incomplete(needed)) if needed > WORKER_REQUEST_MAX => Err(WorkerError::Frame {
-            source: limit_error("length of message", needed as u64, WORKER_REQUEST_MAX, 0),
-        }),
+        Err(Stop::Incomplete(needed)) if needed > WORKER_REQUEST_MAX => {
+            Err(WorkerError::Frame { source: limit_error("length of message", needed as u64, WORKER_REQUEST_MAX, 0) })
+        }
         Err(Stop::Incomplete(needed)) => Ok(Decoded::Incomplete { needed }),
         Err(Stop::Error(error)) => Err(error),
     }
@@ -117,13 +117,20 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn list(&mut self) -> Result<Vec<&'a [u8]>, Stop> {
         let count = self.length("length of list", WORKER_LIST_MAX)?;
-        // Each string takes a length word at the least: ask for them all before the first is looked at, so that a long
-        // list arriving in small pieces is not decoded from its start for each piece.
-        let least = self.at + 8 * count;
-        if self.bytes.len() < least {
-            return Err(Stop::Incomplete(least));
+        // Each string takes a length word at the least. Asking for those of all strings that are still to come keeps a
+        // long list that arrives in pieces from being decoded from its start for each string.
+        let least = |at: usize, strings: usize| at.saturating_add(8 * strings);
+        if self.bytes.len() < least(self.at, count) {
+            return Err(Stop::Incomplete(least(self.at, count)));
         }
-        (0..count).map(|_| self.bytes()).collect()
+        let mut strings = Vec::with_capacity(count);
+        for remaining in (0..count).rev() {
+            strings.push(self.bytes().map_err(|stop| match stop {
+                Stop::Incomplete(needed) => Stop::Incomplete(least(needed, remaining)),
+                Stop::Error(error) => Stop::Error(error),
+            })?);
+        }
+        Ok(strings)
     }
 
     /// The count of a list whose items are two values each.

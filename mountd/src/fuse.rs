@@ -1,0 +1,278 @@
+//! The kernel's side: messages in, answers out.
+//!
+//! The shim only decodes, hands the work to the runtime and answers from there: a thread that reads messages never
+//! waits for anything. What a message means is [`crate::fs`]'s affair. This is the only module that names fuser.
+//!
+//! A message costs more than most answers, so almost all are avoided: `open`, `opendir`, `flush`, `access`, `getxattr`,
+//! `listxattr` and `lseek` are answered "not implemented" once, and the kernel handles them alone from then on; names
+//! and attributes are good for ever; listings come with attributes; pages and symlinks stay cached.
+//!
+//! The exception are names that do not exist yet. In the root they are good for no time at all, so that a path shows
+//! up by itself as soon as it is in the lake. (An overlay above keeps them all the same, see `overlay`.) That is also
+//! why nothing here calls `inval_entry`: it would wait, with the root locked, for the slowest look-up under way.
+
+pub mod mount;
+pub mod session;
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request,
+};
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use crate::fs::attr::{Attr, Kind, MTIME_S};
+use crate::fs::error::FsError;
+use crate::fs::nodes::NodeId;
+use crate::fs::{Found, LazyStore};
+use crate::metrics::Metrics;
+
+/// For ever: store objects do not change. 136 years, since the kernel adds it to a clock.
+const FOREVER: Duration = Duration::from_secs(1 << 32);
+
+/// Reads that the kernel may have under way ahead of readers.
+const BACKGROUND_MAX: u16 = 64;
+
+/// What the kernel is asked for. All but the last two save messages.
+const CAPABILITIES: &[(InitFlags, &str)] = &[
+    (InitFlags::FUSE_NO_OPEN_SUPPORT, "open without a message"),
+    (InitFlags::FUSE_NO_OPENDIR_SUPPORT, "opendir without a message"),
+    (InitFlags::FUSE_DO_READDIRPLUS, "listings with attributes"),
+    (InitFlags::FUSE_CACHE_SYMLINKS, "cached symlinks"),
+    (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages that stay"),
+    (InitFlags::FUSE_ASYNC_READ, "reads side by side"),
+    (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups side by side"),
+];
+
+/// A [`LazyStore`] as fuser wants it.
+pub struct Shim {
+    store: LazyStore,
+    runtime: Handle,
+    metrics: Metrics,
+}
+
+impl Shim {
+    /// Serves this store; work is done on this runtime.
+    #[must_use]
+    pub fn new(store: LazyStore, runtime: Handle, metrics: &Metrics) -> Self {
+        Self { store, runtime, metrics: metrics.clone() }
+    }
+
+    /// Counts a message that is answered at once.
+    fn count(&self, operation: &'static str) {
+        self.metrics.fuse_requests.with_label_values(&[operation]).inc();
+    }
+
+    /// Counts a message, and has it answered by a task of the runtime.
+    fn spawn<W, F>(&self, operation: &'static str, work: W)
+    where
+        W: FnOnce(LazyStore) -> F + Send + 'static,
+        F: Future<Output = ()> + Send,
+    {
+        self.count(operation);
+        let began = Instant::now();
+        let seconds = self.metrics.fuse_seconds.with_label_values(&[operation]);
+        let store = self.store.clone();
+        // A task that panics drops its reply, and fuser answers EIO for it.
+        self.runtime.spawn(async move {
+            work(store).await;
+            seconds.observe(began.elapsed().as_secs_f64());
+        });
+    }
+}
+
+impl Filesystem for Shim {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for (flag, what) in CAPABILITIES {
+            if config.add_capabilities(*flag).is_err() {
+                tracing::warn!(capability = what, "this kernel lacks a capability; everything works, slower");
+            }
+        }
+        // Bounds far below the type's own: neither can be refused.
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        self.spawn("lookup", move |store| async move {
+            match store.lookup(NodeId(parent.0), &name).await {
+                Ok(Found::Entry(attr)) => reply.entry(&FOREVER, &file_attr(&attr), Generation(0)),
+                Ok(Found::NeverThere) => {
+                    let absent = file_attr(&Attr::directory(NodeId(0)));
+                    reply.entry(&FOREVER, &absent, Generation(0));
+                }
+                Ok(Found::NotNow) => reply.error(Errno::ENOENT),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn getattr(&self, _request: &Request, node: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        self.spawn("getattr", move |store| async move {
+            match store.getattr(NodeId(node.0)).await {
+                Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readlink(&self, _request: &Request, node: INodeNo, reply: ReplyData) {
+        self.spawn("readlink", move |store| async move {
+            match store.readlink(NodeId(node.0)).await {
+                Ok(target) => reply.data(&target),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        node: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.spawn("read", move |store| async move {
+            match store.read(NodeId(node.0), offset, size).await {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readdir(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.spawn("readdir", move |store| async move {
+            match store.list(NodeId(node.0)).await {
+                Ok(listing) => {
+                    for entry in listing.entries_from(offset) {
+                        let node = INodeNo(entry.attr.node.0);
+                        if reply.add(node, entry.next, file_type(entry.attr.kind), OsStr::from_bytes(entry.name)) {
+                            break;
+                        }
+                    }
+                    reply.ok();
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        node: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.spawn("readdirplus", move |store| async move {
+            match store.list(NodeId(node.0)).await {
+                Ok(listing) => {
+                    for entry in listing.entries_from(offset) {
+                        let attr = file_attr(&entry.attr);
+                        let name = OsStr::from_bytes(entry.name);
+                        if reply.add(attr.ino, entry.next, name, &FOREVER, &attr, Generation(0)) {
+                            break;
+                        }
+                    }
+                    reply.ok();
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn statfs(&self, _request: &Request, _node: INodeNo, reply: ReplyStatfs) {
+        self.count("statfs");
+        // A lake has no size that would mean anything here.
+        reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+    }
+
+    fn open(&self, _request: &Request, _node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.count("open");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _request: &Request, _node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.count("opendir");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn flush(&self, _request: &Request, _node: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        self.count("flush");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn access(&self, _request: &Request, _node: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        self.count("access");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn getxattr(&self, _request: &Request, _node: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        self.count("getxattr");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _request: &Request, _node: INodeNo, _size: u32, reply: ReplyXattr) {
+        self.count("listxattr");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        _node: INodeNo,
+        _handle: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        self.count("lseek");
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+fn errno(error: &FsError) -> Errno {
+    Errno::from_i32(error.errno().raw_os_error())
+}
+
+const fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::File { .. } => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(MTIME_S);
+    FileAttr {
+        ino: INodeNo(attr.node.0),
+        size: attr.size,
+        blocks: attr.blocks(),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: file_type(attr.kind),
+        perm: attr.permissions(),
+        // One link, directories too: whoever counts subdirectories by links is told by 1 not to.
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}

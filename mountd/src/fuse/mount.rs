@@ -1,0 +1,165 @@
+//! Mounting and unmounting, by our own hands.
+//!
+//! fuser can mount, and would unmount the path again when its session ends, whatever has been mounted there since. So
+//! the mount is made here, and only ever unmounted here, after looking at whether it is still the same one.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount as mount2, unmount as unmount2};
+
+use crate::mountinfo;
+
+/// How the kernel calls this kind of mount.
+const FS_TYPE: &str = "fuse.narlake";
+
+/// Why there is no mount.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// Something else is mounted there.
+    #[error("{path} is a mount point already ({fs_type}); unmount it, or choose another directory", path = path.display())]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+        /// What is there.
+        fs_type: String,
+    },
+    /// The path would confuse Nix, which compares it as text.
+    #[error("{path} must be an absolute path without symlinks, commas, colons or blanks", path = path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The kernel refused.
+    #[error("{operation} {path}", path = path.display())]
+    Kernel {
+        /// The operation, as a verb.
+        operation: &'static str,
+        /// The directory or device.
+        path: PathBuf,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MountError {
+    fn kernel(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Kernel { operation, path, source }
+    }
+}
+
+/// A mount of ours.
+#[derive(Debug)]
+pub struct Mount {
+    dir: PathBuf,
+    /// The device number that the kernel gave it. No other mount has it as long as this one lives.
+    device: Option<u64>,
+}
+
+/// Makes the directory if need be, and says how the kernel spells it. What a daemon that was killed left mounted there
+/// is detached.
+///
+/// # Errors
+/// When the directory cannot be used.
+pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
+    let parent = dir.parent().filter(|_| dir.is_absolute()).ok_or_else(|| MountError::Path { path: dir.to_owned() })?;
+    std::fs::create_dir_all(parent).map_err(MountError::kernel("make", parent))?;
+    // Up to the parent: a mount whose daemon is gone cannot be looked at.
+    let parent = std::fs::canonicalize(parent).map_err(MountError::kernel("resolve", parent))?;
+    let dir = match dir.file_name() {
+        Some(name) => parent.join(name),
+        None => return Err(MountError::Path { path: dir.to_owned() }),
+    };
+    if dir.to_str().is_none_or(|text| text.contains([',', ':', '\\', ' ', '\n'])) {
+        return Err(MountError::Path { path: dir });
+    }
+    while let Some(mount) = mountinfo::mount_on(&dir).map_err(MountError::kernel("find mounts on", &dir))? {
+        let is_dead = mount.fs_type == FS_TYPE && is_dead(&dir);
+        if !is_dead {
+            return Err(MountError::Occupied { path: dir, fs_type: mount.fs_type });
+        }
+        tracing::warn!(mount = %dir.display(), "detached the mount of a daemon that is gone");
+        unmount2(&dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            .map_err(|error| MountError::kernel("detach", &dir)(error.into()))?;
+    }
+    match std::fs::symlink_metadata(&dir) {
+        Ok(metadata) if metadata.is_dir() => {}
+        Ok(_) => return Err(MountError::Path { path: dir }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::create_dir(&dir).map_err(MountError::kernel("make", &dir))?;
+        }
+        Err(error) => return Err(MountError::kernel("look at", &dir)(error)),
+    }
+    Ok(dir)
+}
+
+impl Mount {
+    /// Mounts on this directory, which [`prepare`] returned. The other half is the device, from which the session
+    /// takes its messages; nothing may touch the mount before it does.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn new(dir: &Path) -> Result<(Self, OwnedFd), MountError> {
+        let device = Path::new("/dev/fuse");
+        let file = File::options().read(true).write(true).open(device).map_err(MountError::kernel("open", device))?;
+        let options =
+            format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", file.as_raw_fd());
+        let options = CString::new(options).map_err(|error| MountError::kernel("mount", dir)(error.into()))?;
+        let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+        mount2("narlake", dir, FS_TYPE, flags, options.as_c_str())
+            .map_err(|error| MountError::kernel("mount on", dir)(error.into()))?;
+        Ok((Self { dir: dir.to_owned(), device: None }, file.into()))
+    }
+
+    /// Looks at the mount, once a session answers for it, so that it is known again. Blocks until the session does.
+    ///
+    /// # Errors
+    /// When the session does not answer.
+    pub fn identify(&mut self) -> Result<(), MountError> {
+        let metadata = std::fs::metadata(&self.dir).map_err(MountError::kernel("look at", &self.dir))?;
+        self.device = Some(metadata.dev());
+        Ok(())
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Unmounts, if the mount is still there and still this one. True if it was in use and had to be detached: it goes
+    /// away with its last user.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unmount(&self) -> Result<bool, MountError> {
+        let found = std::fs::metadata(&self.dir).ok().map(|metadata| metadata.dev());
+        if self.device.is_some() && found.is_some() && found != self.device {
+            tracing::warn!(mount = %self.dir.display(), "something else is mounted here by now, left alone");
+            return Ok(false);
+        }
+        let failed = |error: Errno| MountError::kernel("unmount", &self.dir)(error.into());
+        match unmount2(&self.dir, UnmountFlags::NOFOLLOW) {
+            // Not mounted any more.
+            Ok(()) | Err(Errno::INVAL) => Ok(false),
+            Err(Errno::BUSY) => {
+                unmount2(&self.dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(failed)?;
+                Ok(true)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// Whether the daemon behind a mount is gone.
+fn is_dead(dir: &Path) -> bool {
+    let not_connected = Errno::NOTCONN.raw_os_error();
+    std::fs::symlink_metadata(dir).is_err_and(|error| error.raw_os_error() == Some(not_connected))
+}

@@ -1,0 +1,213 @@
+//! What the daemon counts, in one registry. docs/metrics.md has a line for each.
+//!
+//! Names are `narlake_mountd_<what>_<unit>`; labels come from closed sets, never from paths.
+
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+/// Upper bounds of the latency histograms, in seconds: from an answer out of memory to the fetch deadline.
+const SECONDS: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
+
+/// The operations that are counted by name; all others of the kernel are `other`.
+const OPERATIONS: &[&str] = &[
+    "lookup", "getattr", "readlink", "read", "readdir", "readdirplus", "statfs", "open", "opendir", "flush", "access",
+    "getxattr", "listxattr", "lseek",
+];
+
+/// All metrics of the daemon. Cloning shares them.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// Messages of the kernel, by operation.
+    pub fuse_requests: IntCounterVec,
+    /// Operations that ended in an error other than "no such entry", by operation.
+    pub fuse_errors: IntCounterVec,
+    /// Time from an operation's arrival to its answer, by operation.
+    pub fuse_seconds: HistogramVec,
+    /// Operations that ran into their deadline.
+    pub deadline_expirations: IntCounter,
+    /// Bytes answered to reads.
+    pub read_bytes: IntCounter,
+    /// Bytes of those that came from the local cache.
+    pub cache_hit_bytes: IntCounter,
+    /// Bytes of content that were fetched for the cache.
+    pub cache_fill_bytes: IntCounter,
+    /// Bytes the cache has on disk.
+    pub cache_bytes: IntGauge,
+    /// Most bytes it may have.
+    pub cache_limit_bytes: IntGauge,
+    /// Files in the cache.
+    pub cache_files: IntGauge,
+    /// Files evicted.
+    pub cache_evictions: IntCounter,
+    /// Fills that could not be kept.
+    pub cache_not_kept: IntCounter,
+    /// Cached files that were found damaged.
+    pub cache_damaged: IntCounter,
+    /// Requests to the server, by what for and how they ended.
+    pub remote_requests: IntCounterVec,
+    /// Bytes received from the server.
+    pub remote_received_bytes: IntCounter,
+    /// Time of one request to the server, attempts that failed included.
+    pub remote_seconds: Histogram,
+    /// Records refused because no trusted key signed them.
+    pub records_untrusted: IntCounter,
+    /// Store objects with a nodeid.
+    pub objects: IntGauge,
+    /// Trees loaded.
+    pub trees_loaded: IntCounter,
+    /// Names that the kernel was told do not exist, and that are remembered.
+    pub negative_names: IntGauge,
+    /// Overlays over the mount.
+    pub overlays: IntGauge,
+    /// Refreshes of overlays.
+    pub overlay_refreshes: IntCounter,
+    /// Paths that became visible after the kernel had been told they do not exist.
+    pub paths_healed: IntCounter,
+    /// Connections to the Nix socket.
+    pub nix_connections: IntGauge,
+    /// Requests on the Nix socket, by operation.
+    pub nix_requests: IntCounterVec,
+    /// Requests on the Nix socket that were answered with an error.
+    pub nix_errors: IntCounter,
+    /// Time from an `ensure` to its answer.
+    pub ensure_seconds: Histogram,
+    /// 1 while the server answers, 0 after it did not.
+    pub server_up: Gauge,
+}
+
+impl Metrics {
+    /// Metrics in a registry of their own.
+    #[must_use]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let metrics = Self {
+            fuse_requests: counters(&registry, "fuse_requests_total", "Messages of the kernel, by operation", &["op"]),
+            fuse_errors: counters(
+                &registry,
+                "fuse_errors_total",
+                "Operations that ended in an error other than no such entry, by operation",
+                &["op"],
+            ),
+            fuse_seconds: register(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        full("fuse_duration_seconds"),
+                        "Time from an operation's arrival to its answer, by operation",
+                    )
+                    .buckets(SECONDS.to_vec()),
+                    &["op"],
+                ),
+            ),
+            deadline_expirations: counter(
+                &registry,
+                "deadline_expirations_total",
+                "Operations that ran into their deadline",
+            ),
+            read_bytes: counter(&registry, "read_bytes_total", "Bytes answered to reads"),
+            cache_hit_bytes: counter(&registry, "cache_hit_bytes_total", "Bytes read from the local cache"),
+            cache_fill_bytes: counter(&registry, "cache_fill_bytes_total", "Bytes of file content fetched"),
+            cache_bytes: gauge(&registry, "cache_bytes", "Bytes the cache has on disk"),
+            cache_limit_bytes: gauge(&registry, "cache_limit_bytes", "Most bytes the cache may have on disk"),
+            cache_files: gauge(&registry, "cache_files", "Files in the cache, complete or not"),
+            cache_evictions: counter(&registry, "cache_evictions_total", "Files evicted from the cache"),
+            cache_not_kept: counter(
+                &registry,
+                "cache_not_kept_total",
+                "Fills that were served and could not be kept, a full disk for one",
+            ),
+            cache_damaged: counter(&registry, "cache_damaged_total", "Cached files found damaged, and fetched anew"),
+            remote_requests: counters(
+                &registry,
+                "remote_requests_total",
+                "Requests to the server, by what for and how they ended",
+                &["what", "result"],
+            ),
+            remote_received_bytes: counter(&registry, "remote_received_bytes_total", "Bytes received from the server"),
+            remote_seconds: histogram(&registry, "remote_duration_seconds", "Time of one request to the server"),
+            records_untrusted: counter(
+                &registry,
+                "records_untrusted_total",
+                "Path records refused because no trusted key signed them",
+            ),
+            objects: gauge(&registry, "objects", "Store objects that have a nodeid"),
+            trees_loaded: counter(&registry, "trees_loaded_total", "Trees of store objects loaded from manifests"),
+            negative_names: gauge(
+                &registry,
+                "negative_names",
+                "Names that the kernel was told do not exist, and that are remembered",
+            ),
+            overlays: gauge(&registry, "overlays", "Overlays over the mount"),
+            overlay_refreshes: counter(&registry, "overlay_refreshes_total", "Refreshes of overlays"),
+            paths_healed: counter(
+                &registry,
+                "paths_healed_total",
+                "Paths made visible after the kernel had been told they do not exist",
+            ),
+            nix_connections: gauge(&registry, "nix_connections", "Connections to the Nix socket"),
+            nix_requests: counters(&registry, "nix_requests_total", "Requests on the Nix socket, by operation", &["op"]),
+            nix_errors: counter(&registry, "nix_errors_total", "Requests on the Nix socket answered with an error"),
+            ensure_seconds: histogram(&registry, "ensure_duration_seconds", "Time from an ensure to its answer"),
+            server_up: register(
+                &registry,
+                Gauge::new(full("server_up"), "1 while the server answers, 0 after it did not"),
+            ),
+            registry,
+        };
+        for operation in OPERATIONS {
+            // So that a query finds a zero, not nothing.
+            metrics.fuse_requests.with_label_values(&[*operation]);
+            metrics.fuse_errors.with_label_values(&[*operation]);
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let process = prometheus::process_collector::ProcessCollector::for_self();
+            let _ = metrics.registry.register(Box::new(process));
+        }
+        metrics
+    }
+
+    /// The page that Prometheus scrapes.
+    #[must_use]
+    pub fn page(&self) -> Vec<u8> {
+        let mut page = Vec::new();
+        // Writing to memory does not fail, and families that encode badly are not ours.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut page);
+        page
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn full(name: &str) -> String {
+    format!("narlake_mountd_{name}")
+}
+
+/// Registers a metric. Names are written here, once each: a clash is a mistake of ours that any test meets.
+fn register<T: prometheus::core::Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<T>) -> T {
+    let metric = metric.unwrap_or_else(|error| panic!("define metric: {error}"));
+    registry.register(Box::new(metric.clone())).unwrap_or_else(|error| panic!("register metric: {error}"));
+    metric
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(full(name), help))
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(full(name), help), labels))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(full(name), help))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
+    register(registry, Histogram::with_opts(HistogramOpts::new(full(name), help).buckets(SECONDS.to_vec())))
+}

@@ -1,0 +1,397 @@
+//! The server, over HTTP: path records, and the packs that content is in.
+//!
+//! A request is tried until it is answered or its deadline has passed, with growing pauses: a server that restarts is
+//! a delay, not an error. 404 for a path record is an answer, and the only one that means "does not exist". What comes
+//! back is bounded before it is parsed, and believed by nobody yet: records go through `trust`, content through the
+//! fetch engine's hashes.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use narlake_format::api::{self, ClosureLine, ClosureRequest, Info, LocateResponse};
+use narlake_format::error::FormatError;
+use narlake_format::id::BlobId;
+use narlake_format::lake::location::{Location, PackRef};
+use narlake_format::lake::record::{PathRecord, RecordError};
+use narlake_format::limits::{CLOSURE_MAX, NARINFO_MAX, PACK_MAX};
+use narlake_format::nix::store_path::{StoreDir, StorePathHash};
+use narlake_storage::ErrorKind;
+use narlake_storage::fetch::BlobSource;
+use reqwest::header::{AUTHORIZATION, CONTENT_RANGE, RANGE};
+use reqwest::{Client, Method, Response, StatusCode, Url};
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+use crate::view::RecordSource;
+
+/// First pause between two attempts; it doubles up to the next.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Time for a connection to come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest silence of a server that has begun to answer, or that has been asked.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// Largest `/info` or error text, in bytes.
+const SMALL_MAX: usize = 256 * 1024;
+
+/// Bytes of one location in a `locate` answer, at most: five numbers and brackets, or a pack's name.
+const LOCATE_LINE_MAX: usize = 128;
+
+/// Where the server is, and how to talk to it.
+#[derive(Clone, Debug)]
+pub struct RemoteSettings {
+    /// Base URL of the server, or of one of its caches: what Nix is given as a substituter.
+    pub server: Url,
+    /// Sent as a bearer token, if set.
+    pub token: Option<String>,
+    /// Time limit of one request, further attempts included.
+    pub deadline: Duration,
+}
+
+/// Why the server did not give what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} {key}")]
+pub struct RemoteError {
+    /// What was asked, as a verb.
+    pub operation: &'static str,
+    /// For what.
+    pub key: String,
+    /// What went wrong.
+    #[source]
+    pub cause: Cause,
+}
+
+/// What went wrong with a request.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// No answer, or none that is HTTP.
+    #[error("talk to the server")]
+    Transport(#[source] reqwest::Error),
+    /// The server says no.
+    #[error("server answers {status}: {text}")]
+    Status {
+        /// The HTTP status.
+        status: u16,
+        /// The start of its text.
+        text: String,
+    },
+    /// The time was up; the last attempt ended like this.
+    #[error("no answer within {limit_ms} ms")]
+    Deadline {
+        /// The limit, in milliseconds.
+        limit_ms: u64,
+        /// How the last attempt ended.
+        #[source]
+        last: Option<Box<Cause>>,
+    },
+    /// The answer is larger than any answer to this should be.
+    #[error("answer is longer than {max} bytes")]
+    TooLarge {
+        /// The limit, in bytes.
+        max: usize,
+    },
+    /// The answer is not the JSON it should be.
+    #[error("parse the answer")]
+    Json(#[source] serde_json::Error),
+    /// The answer is JSON, with values that it should not have.
+    #[error("parse the answer")]
+    Format(#[source] FormatError),
+    /// The record is not one.
+    #[error("parse the path record")]
+    Record(#[source] RecordError),
+    /// The answer is not complete, or not to this question.
+    #[error("{0}")]
+    Incomplete(&'static str),
+}
+
+impl RemoteError {
+    /// What a caller does about it.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        self.cause.kind()
+    }
+}
+
+impl Cause {
+    const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Transport(_) | Self::Deadline { .. } => ErrorKind::Unavailable,
+            Self::Status { status, .. } => match *status {
+                401 | 403 | 407 => ErrorKind::Denied,
+                404 | 410 => ErrorKind::NotFound,
+                408 | 425 | 429 | 500.. => ErrorKind::Unavailable,
+                _ => ErrorKind::Invalid,
+            },
+            Self::TooLarge { .. } => ErrorKind::TooLarge,
+            Self::Json(_) | Self::Format(_) | Self::Record(_) => ErrorKind::Corrupt,
+            // Most often a connection that broke.
+            Self::Incomplete(_) => ErrorKind::Unavailable,
+        }
+    }
+}
+
+/// A server.
+#[derive(Clone)]
+pub struct Remote {
+    settings: RemoteSettings,
+    client: Client,
+    /// What record texts are parsed for; known once the server or the configuration has said.
+    store_dir: StoreDir,
+    metrics: Metrics,
+}
+
+impl Remote {
+    /// Talks to this server about paths of this store.
+    ///
+    /// # Errors
+    /// When the TLS library does not start.
+    pub fn new(settings: RemoteSettings, store_dir: StoreDir, metrics: &Metrics) -> Result<Self, reqwest::Error> {
+        let client = Client::builder()
+            .user_agent(concat!("narlake-mountd/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(SILENCE_MAX)
+            .build()?;
+        Ok(Self { settings, client, store_dir, metrics: metrics.clone() })
+    }
+
+    /// The same server, about paths of another store.
+    #[must_use]
+    pub fn with_store_dir(mut self, store_dir: StoreDir) -> Self {
+        self.store_dir = store_dir;
+        self
+    }
+
+    /// Which lake and cache the server serves, and what it signs with.
+    ///
+    /// # Errors
+    /// When it does not answer, or is no lake server.
+    pub async fn info(&self) -> Result<Info, RemoteError> {
+        self.ask("info", "", async || {
+            let response = self.send(Method::GET, "info", None, None).await?;
+            json(self.body(response, SMALL_MAX).await?)
+        })
+        .await
+    }
+
+    /// Tries until there is an answer or the time is up. Counts both.
+    async fn ask<T>(
+        &self,
+        operation: &'static str,
+        key: impl ToString,
+        attempt: impl AsyncFnMut() -> Result<T, Cause>,
+    ) -> Result<T, RemoteError> {
+        let timer = self.metrics.remote_seconds.start_timer();
+        let done = self.tried(attempt).await;
+        timer.observe_duration();
+        let result = if done.is_ok() { "ok" } else { "error" };
+        self.metrics.remote_requests.with_label_values(&[operation, result]).inc();
+        // Refusals are answers too: the server is there.
+        let up = done.as_ref().err().is_none_or(|cause| cause.kind() != ErrorKind::Unavailable);
+        self.metrics.server_up.set(if up { 1.0 } else { 0.0 });
+        done.map_err(|cause| RemoteError { operation, key: key.to_string(), cause })
+    }
+
+    async fn tried<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, Cause>) -> Result<T, Cause> {
+        let limit = self.settings.deadline;
+        let until = Instant::now() + limit;
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let mut pause = PAUSE_MIN;
+        let mut last = None;
+        loop {
+            let cause = match tokio::time::timeout_at(until, attempt()).await {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(cause)) => cause,
+                Err(_) => return Err(Cause::Deadline { limit_ms, last }),
+            };
+            if cause.kind() != ErrorKind::Unavailable {
+                return Err(cause);
+            }
+            if Instant::now() + pause >= until {
+                return Err(Cause::Deadline { limit_ms, last: Some(Box::new(cause)) });
+            }
+            last = Some(Box::new(cause));
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Sends one request; an answer that is not 2xx is an error.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<(&'static str, Bytes)>,
+        range: Option<&Range<u64>>,
+    ) -> Result<Response, Cause> {
+        let base = self.settings.server.as_str().trim_end_matches('/');
+        let mut request = self.client.request(method, format!("{base}{}/{path}", api::PREFIX));
+        if let Some(token) = &self.settings.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        if let Some(range) = range {
+            request = request.header(RANGE, format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
+        }
+        if let Some((media_type, body)) = body {
+            request = request.header(reqwest::header::CONTENT_TYPE, media_type).body(body);
+        }
+        let response = request.send().await.map_err(Cause::Transport)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let text = self.body(response, SMALL_MAX).await.unwrap_or_default();
+        let text: String = String::from_utf8_lossy(&text).trim().chars().take(200).collect();
+        Err(Cause::Status { status: status.as_u16(), text })
+    }
+
+    /// The whole body, if it is not longer than `max`.
+    async fn body(&self, mut response: Response, max: usize) -> Result<Bytes, Cause> {
+        let too_large = || Cause::TooLarge { max };
+        if response.content_length().is_some_and(|length| length > max as u64) {
+            return Err(too_large());
+        }
+        let mut body = BytesMut::new();
+        while let Some(part) = response.chunk().await.map_err(Cause::Transport)? {
+            self.metrics.remote_received_bytes.inc_by(part.len() as u64);
+            if body.len() + part.len() > max {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&part);
+        }
+        Ok(body.freeze())
+    }
+
+    /// Reads a closure's lines; nothing is handed on before the last of them has come.
+    async fn closure_once(&self, request: &Bytes) -> Result<(Vec<PathRecord>, Vec<StorePathHash>), Cause> {
+        let body = Some(("application/json", request.clone()));
+        let mut response = self.send(Method::POST, "closure", body, None).await?;
+        let (mut records, mut missing) = (Vec::new(), Vec::new());
+        let mut done = None;
+        let mut buffer = BytesMut::new();
+        while let Some(part) = response.chunk().await.map_err(Cause::Transport)? {
+            self.metrics.remote_received_bytes.inc_by(part.len() as u64);
+            buffer.extend_from_slice(&part);
+            while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+                let line = buffer.split_to(end + 1);
+                match json(line.freeze())? {
+                    ClosureLine::Record(text) => {
+                        records.push(PathRecord::parse(&self.store_dir, text.as_bytes()).map_err(Cause::Record)?);
+                    }
+                    ClosureLine::Missing(hash) => missing.push(hash),
+                    ClosureLine::Done(lines) => done = Some(lines),
+                }
+                if records.len() + missing.len() > CLOSURE_MAX {
+                    return Err(Cause::TooLarge { max: CLOSURE_MAX });
+                }
+            }
+            // JSON escapes a record's text to at most six bytes for one.
+            if buffer.len() > 6 * NARINFO_MAX {
+                return Err(Cause::TooLarge { max: 6 * NARINFO_MAX });
+            }
+        }
+        if done == Some((records.len() + missing.len()) as u64) {
+            Ok((records, missing))
+        } else {
+            Err(Cause::Incomplete("the closure broke off"))
+        }
+    }
+}
+
+#[async_trait]
+impl RecordSource for Remote {
+    async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError> {
+        let path = format!("paths/{hash}");
+        self.ask("look up", hash, async || {
+            let response = match self.send(Method::GET, &path, None, None).await {
+                Err(Cause::Status { status: 404, .. }) => return Ok(None),
+                other => other?,
+            };
+            let text = self.body(response, NARINFO_MAX).await?;
+            let record = PathRecord::parse(&self.store_dir, &text).map_err(Cause::Record)?;
+            if record.info().store_path.hash != *hash {
+                return Err(Cause::Incomplete("the record is of another path"));
+            }
+            Ok(Some(record))
+        })
+        .await
+    }
+
+    async fn closure(
+        &self,
+        roots: &[StorePathHash],
+        on: &mut (dyn FnMut(PathRecord) + Send),
+    ) -> Result<Vec<StorePathHash>, RemoteError> {
+        let request = ClosureRequest { roots: roots.to_vec(), have: Vec::new() };
+        let request = serde_json::to_vec(&request).map_err(Cause::Json);
+        let key = || roots.first().map(ToString::to_string).unwrap_or_default();
+        let request: Bytes =
+            request.map_err(|cause| RemoteError { operation: "get the closure of", key: key(), cause })?.into();
+        let (records, missing) = self.ask("get the closure of", key(), async || self.closure_once(&request).await).await?;
+        records.into_iter().for_each(on);
+        Ok(missing)
+    }
+}
+
+#[async_trait]
+impl BlobSource for Remote {
+    async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, narlake_storage::Error> {
+        let body = Bytes::from(api::encode_locate(ids));
+        let key = ids.first().map(ToString::to_string).unwrap_or_default();
+        let max = SMALL_MAX + ids.len() * LOCATE_LINE_MAX;
+        let located = self.ask("locate", &key, async || {
+            let body = Some(("application/octet-stream", body.clone()));
+            let response = self.send(Method::POST, "locate", body, None).await?;
+            let answer: LocateResponse = json(self.body(response, max).await?)?;
+            let locations = answer.locations().map_err(Cause::Format)?;
+            if locations.len() == ids.len() { Ok(locations) } else { Err(Cause::Incomplete("not all ids are answered")) }
+        });
+        Ok(located.await?)
+    }
+
+    async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, narlake_storage::Error> {
+        let path = format!("packs/{pack}");
+        let length = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        let read = self.ask("read", pack, async || {
+            let response = self.send(Method::GET, &path, None, Some(&range)).await?;
+            if response.status() != StatusCode::PARTIAL_CONTENT {
+                return Err(Cause::Incomplete("the server does not answer with a range"));
+            }
+            let bytes = self.body(response, length.min(PACK_MAX)).await?;
+            if bytes.len() == length { Ok(bytes) } else { Err(Cause::Incomplete("the pack's bytes broke off")) }
+        });
+        Ok(read.await?)
+    }
+
+    async fn size(&self, pack: &PackRef) -> Result<u64, narlake_storage::Error> {
+        let path = format!("packs/{pack}");
+        let size = self.ask("size", pack, async || {
+            let response = self.send(Method::GET, &path, None, Some(&(0..1))).await?;
+            // bytes 0-0/<size>
+            let total = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()?.rsplit_once('/'));
+            let total = total.and_then(|(_, total)| total.parse().ok());
+            total.ok_or(Cause::Incomplete("the server does not say how long the pack is"))
+        });
+        Ok(size.await?)
+    }
+}
+
+impl From<RemoteError> for narlake_storage::Error {
+    fn from(error: RemoteError) -> Self {
+        let RemoteError { operation, key, cause } = error;
+        let kind = cause.kind();
+        Self::Bucket { operation, key, kind, source: cause.into() }
+    }
+}
+
+fn json<T: DeserializeOwned>(body: Bytes) -> Result<T, Cause> {
+    serde_json::from_slice(&body).map_err(Cause::Json)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+//! Whom this worker believes: the keys whose signature a path record needs before anything of it is shown.
+//!
+//! Nix accepts whatever its lower store says, without a signature. So this is the place where content enters the
+//! trusted side: a record counts once a trusted key has signed its manifest, its string table and Nix's fingerprint
+//! together; everything below the record hangs on it by hashes.
+
+use std::sync::Arc;
+
+use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::signature::PublicKey;
+use narlake_format::nix::store_path::StoreDir;
+
+/// A path record that a trusted key has signed. There is no other way to make one than [`TrustedKeys::verify`].
+#[derive(Clone, Debug)]
+pub struct TrustedRecord(Arc<PathRecord>);
+
+impl std::ops::Deref for TrustedRecord {
+    type Target = PathRecord;
+
+    fn deref(&self) -> &PathRecord {
+        &self.0
+    }
+}
+
+/// The keys, and the store directory that the signatures are for.
+#[derive(Clone, Debug)]
+pub struct TrustedKeys {
+    store_dir: StoreDir,
+    keys: Vec<PublicKey>,
+}
+
+/// A record without a valid signature of a trusted key: a mistake in the configuration, or an attack.
+#[derive(Debug, thiserror::Error)]
+#[error("{path} is not signed by a trusted key (it has signatures of: {signers}); check --trusted-key")]
+pub struct Untrusted {
+    /// The store path.
+    pub path: String,
+    /// Names of the keys that claim to have signed it.
+    pub signers: String,
+}
+
+impl TrustedKeys {
+    /// Trusts these keys, for this store.
+    #[must_use]
+    pub const fn new(store_dir: StoreDir, keys: Vec<PublicKey>) -> Self {
+        Self { store_dir, keys }
+    }
+
+    /// The store directory.
+    #[must_use]
+    pub const fn store_dir(&self) -> &StoreDir {
+        &self.store_dir
+    }
+
+    /// Checks the record's signatures.
+    ///
+    /// # Errors
+    /// When none of them is valid and by a trusted key.
+    pub fn verify(&self, record: PathRecord) -> Result<TrustedRecord, Untrusted> {
+        if record.is_signed_by(&self.store_dir, &self.keys) {
+            return Ok(TrustedRecord(Arc::new(record)));
+        }
+        let names: Vec<&str> = record.lake_signatures().iter().map(|signature| signature.key_name()).collect();
+        let signers = if names.is_empty() { "nobody".into() } else { names.join(", ") };
+        Err(Untrusted { path: record.info().store_path.display_in(&self.store_dir).to_string(), signers })
+    }
+}

@@ -1,0 +1,343 @@
+//! The view: which store paths this mount shows, and what the kernel believes about them.
+//!
+//! A live view shows every path that the cache has and a trusted key has signed. Records are kept in memory, bounded;
+//! one that is not there is asked for, and with it, in the background, the rest of its closure. The view also keeps
+//! NEG, the names that the kernel was told do not exist ([`negative`]): an overlay above never asks again for those, so
+//! before this daemon calls such a path valid it refreshes the overlays and looks through them ([`View::show`]).
+//!
+//! "Does not exist" is said only when the server says so (docs/semantics.md). When it does not answer, a look-up fails,
+//! or, with [`OnOutage::Build`], is answered "does not exist" and healed later; a question for validity always fails.
+
+mod closure;
+mod negative;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use narlake_storage::ErrorKind;
+use quick_cache::sync::Cache as Lru;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use self::negative::Negative;
+use crate::fs::nodes::NodeTable;
+use crate::metrics::Metrics;
+use crate::overlay::{OverlayError, Overlays};
+use crate::remote::RemoteError;
+use crate::trust::{TrustedKeys, TrustedRecord, Untrusted};
+
+/// Records kept in memory, about 2 KiB each.
+const RECORDS_KEPT: usize = 100_000;
+
+/// Look-ups of unknown names at the server at once; further ones wait. A program that probes a store directory at
+/// random is slowed down by this, never told a falsehood.
+const LOOKUPS_MAX: usize = 32;
+
+/// With [`OnOutage::Build`]: how long a look-up waits for the server before the name does not exist.
+const OUTAGE_WAIT: Duration = Duration::from_secs(2);
+
+/// With [`OnOutage::Build`]: how long after that the server is not asked again.
+const OUTAGE_PAUSE: Duration = Duration::from_secs(1);
+
+/// Where path records come from.
+#[async_trait]
+pub trait RecordSource: Send + Sync + 'static {
+    /// The record of the path with this hash part. `None` is authoritative: the cache has no such path.
+    async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError>;
+
+    /// The records of these closures, references first, each handed to `on`; hashes of paths that the cache lacks are
+    /// returned.
+    async fn closure(
+        &self,
+        roots: &[StorePathHash],
+        on: &mut (dyn FnMut(PathRecord) + Send),
+    ) -> Result<Vec<StorePathHash>, RemoteError>;
+}
+
+/// What a look-up of an unknown name is told when the server does not answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnOutage {
+    /// An I/O error, at the deadline.
+    #[default]
+    Fail,
+    /// That it does not exist, so that builds go on.
+    Build,
+}
+
+/// Numbers of a view.
+#[derive(Clone, Debug)]
+pub struct ViewSettings {
+    /// Time limit of one question.
+    pub deadline: Duration,
+    /// What unknown names are during an outage.
+    pub on_outage: OnOutage,
+}
+
+/// Why the view cannot say whether it shows a path.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// The server does not answer, or with something else than it should.
+    #[error("ask the server")]
+    Remote(#[source] RemoteError),
+    /// The server's answer is not signed by anybody trusted.
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
+    /// The path is in the lake, but the kernel cannot be brought to show it.
+    #[error("{path} is in the lake, but an overlay does not show it within {limit_ms} ms; was it deleted there?")]
+    Hidden {
+        /// The store path.
+        path: String,
+        /// How long was tried, in milliseconds.
+        limit_ms: u64,
+    },
+    /// An overlay could not be refreshed.
+    #[error("refresh the overlays")]
+    Overlay(#[source] OverlayError),
+    /// The time was up.
+    #[error("no answer within {limit_ms} ms")]
+    Deadline {
+        /// The limit, in milliseconds.
+        limit_ms: u64,
+    },
+}
+
+/// A view. Cloning shares it.
+#[derive(Clone)]
+pub struct View {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    source: Arc<dyn RecordSource>,
+    keys: TrustedKeys,
+    settings: ViewSettings,
+    records: Lru<StorePathHash, TrustedRecord>,
+    negative: Negative,
+    overlays: Arc<Overlays>,
+    lookups: Semaphore,
+    /// Closures being prefetched, by root.
+    prefetching: Mutex<HashSet<StorePathHash>>,
+    /// With [`OnOutage::Build`]: until when the server is not asked.
+    down_until: Mutex<Option<Instant>>,
+    nodes: Arc<NodeTable>,
+    metrics: Metrics,
+}
+
+impl View {
+    /// A view of what this source has and these keys signed. Objects of a closure get their nodeids as its records
+    /// come in, many in one write.
+    #[must_use]
+    pub fn new(
+        source: Arc<dyn RecordSource>,
+        keys: TrustedKeys,
+        (nodes, overlays): (Arc<NodeTable>, Arc<Overlays>),
+        settings: ViewSettings,
+        metrics: &Metrics,
+    ) -> Self {
+        let inner = Inner {
+            source,
+            keys,
+            settings,
+            records: Lru::new(RECORDS_KEPT),
+            negative: Negative::new(metrics),
+            overlays,
+            lookups: Semaphore::new(LOOKUPS_MAX),
+            prefetching: Mutex::default(),
+            down_until: Mutex::default(),
+            nodes,
+            metrics: metrics.clone(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The store directory of its paths.
+    #[must_use]
+    pub fn store_dir(&self) -> &StoreDir {
+        self.inner.keys.store_dir()
+    }
+
+    /// The record of a path, if it is in memory.
+    #[must_use]
+    pub fn known(&self, path: &StorePath) -> Option<TrustedRecord> {
+        self.inner.records.get(&path.hash).filter(|record| record.info().store_path == *path)
+    }
+
+    /// All paths in memory.
+    #[must_use]
+    pub fn known_paths(&self) -> Vec<StorePath> {
+        self.inner.records.iter().map(|(_, record)| record.info().store_path.clone()).collect()
+    }
+
+    /// Number of names in NEG.
+    #[must_use]
+    pub fn negative_len(&self) -> usize {
+        self.inner.negative.len()
+    }
+
+    /// The record of a path, from memory or the server. Cancel safe.
+    ///
+    /// # Errors
+    /// When the server does not answer, or with a record that nobody trusted signed.
+    pub async fn find(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        Ok(self.find_hash(&path.hash).await?.filter(|record| record.info().store_path == *path))
+    }
+
+    /// The record of the path with this hash part, from memory or the server. Cancel safe.
+    ///
+    /// # Errors
+    /// As [`View::find`].
+    pub async fn find_hash(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
+        if let Some(record) = self.inner.records.get(hash) {
+            return Ok(Some(record));
+        }
+        // Those who ask at the same time wait for the first one's answer.
+        let asked = self.inner.records.get_or_insert_async(hash, async {
+            let _turn = self.inner.lookups.acquire().await;
+            let found = self.inner.source.lookup(hash).await.map_err(|error| Some(ViewError::Remote(error)))?;
+            let record = found.ok_or(None)?;
+            let record = self.verify(record).map_err(|error| Some(error.into()))?;
+            self.prefetch(&record);
+            Ok(record)
+        });
+        match asked.await {
+            Ok(record) => Ok(Some(record)),
+            Err(None) => Ok(None),
+            Err(Some(error)) => Err(error),
+        }
+    }
+
+    /// What the kernel is told of a name in the store directory. `None`, "does not exist", is remembered in NEG.
+    ///
+    /// # Errors
+    /// As [`View::find`].
+    pub async fn lookup(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        // Into NEG before anything is asked: from here on, whoever calls this path valid looks through the overlays
+        // first, whatever answer is on its way to the kernel now.
+        let fresh = self.inner.negative.insert(path);
+        let found = self.lookup_noted(path).await;
+        // An answer that fails leaves nothing behind in the kernel.
+        if fresh && !matches!(found, Ok(None)) {
+            self.inner.negative.take_back(path);
+        }
+        found
+    }
+
+    async fn lookup_noted(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        if let Some(record) = self.known(path) {
+            return Ok(Some(record));
+        }
+        // Nix takes a lock file beside each path that it builds, and lays out a sandbox. Such a name is almost never a
+        // store path; one that is, is in memory by the time that anybody uses it, since validity is asked first.
+        if is_scratch_name(path) {
+            return Ok(None);
+        }
+        match self.inner.settings.on_outage {
+            OnOutage::Fail => self.find(path).await,
+            OnOutage::Build => self.find_or_build(path).await,
+        }
+    }
+
+    /// As [`View::find`], but a server that does not answer means that the path does not exist.
+    async fn find_or_build(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        let down_until = || self.inner.down_until.lock().unwrap_or_else(PoisonError::into_inner);
+        if down_until().is_some_and(|until| Instant::now() < until) {
+            return Ok(None);
+        }
+        let wait = OUTAGE_WAIT.min(self.inner.settings.deadline);
+        let limit_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let found = tokio::time::timeout(wait, self.find(path)).await.unwrap_or(Err(ViewError::Deadline { limit_ms }));
+        match found {
+            Err(error) if error.is_outage() => {
+                tracing::warn!(path = %path, error = crate::error::chain(&error), "server is down, path taken as absent");
+                *down_until() = Some(Instant::now() + OUTAGE_PAUSE);
+                Ok(None)
+            }
+            found => found,
+        }
+    }
+
+    /// What Nix is told of a path: its record, once every overlay shows it. Cancel safe.
+    ///
+    /// # Errors
+    /// As [`View::find`] and [`View::show`].
+    pub async fn valid(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        self.bounded(async {
+            let Some(record) = self.find(path).await? else { return Ok(None) };
+            self.show(std::slice::from_ref(path)).await?;
+            Ok(Some(record))
+        })
+        .await
+    }
+
+    /// Makes sure that these paths, which the lake has, are seen through every overlay, although the kernel may have
+    /// been told that they do not exist. Cancel safe: names leave NEG only once they are seen.
+    ///
+    /// # Errors
+    /// When an overlay cannot be refreshed, or does not show a path until the deadline.
+    pub async fn show(&self, paths: &[StorePath]) -> Result<(), ViewError> {
+        let inner = &self.inner;
+        let noted: Vec<&StorePath> = paths.iter().filter(|path| inner.negative.contains(path)).collect();
+        if noted.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<String> = noted.iter().map(ToString::to_string).collect();
+        let limit = inner.settings.deadline;
+        let shown = inner.overlays.show(&names, limit).await;
+        match shown.map_err(ViewError::Overlay)? {
+            None => {
+                for path in &noted {
+                    inner.negative.seen(path);
+                }
+                inner.metrics.paths_healed.inc_by(noted.len() as u64);
+                Ok(())
+            }
+            Some(hidden) => {
+                let path = format!("{}/{hidden}", self.store_dir().as_str());
+                Err(ViewError::Hidden { path, limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX) })
+            }
+        }
+    }
+
+    /// Refreshes overlays because a human or Nix asks for it: afterwards no name is negative in them.
+    ///
+    /// # Errors
+    /// When one cannot be refreshed.
+    pub async fn refresh(&self) -> Result<usize, ViewError> {
+        self.inner.overlays.refresh().await.map_err(ViewError::Overlay)
+    }
+
+    fn verify(&self, record: PathRecord) -> Result<TrustedRecord, Untrusted> {
+        self.inner.keys.verify(record).inspect_err(|_| self.inner.metrics.records_untrusted.inc())
+    }
+
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, ViewError>>) -> Result<T, ViewError> {
+        let limit = self.inner.settings.deadline;
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        tokio::time::timeout(limit, work).await.unwrap_or(Err(ViewError::Deadline { limit_ms }))
+    }
+}
+
+impl ViewError {
+    /// Whether the server is what fails, and may come back.
+    #[must_use]
+    pub fn is_outage(&self) -> bool {
+        match self {
+            Self::Remote(error) => error.kind() == ErrorKind::Unavailable,
+            Self::Deadline { .. } => true,
+            Self::Untrusted(_) | Self::Hidden { .. } | Self::Overlay(_) => false,
+        }
+    }
+}
+
+/// A name that Nix makes up for itself beside a store path.
+fn is_scratch_name(path: &StorePath) -> bool {
+    [".lock", ".chroot", ".check"].iter().any(|suffix| path.name.as_str().ends_with(suffix))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,132 @@
+//! Closures: the metadata of everything a path needs, in one answer of the server.
+
+use std::collections::HashSet;
+use std::sync::{Arc, PoisonError};
+
+use narlake_format::limits::CLOSURE_MAX;
+use narlake_format::nix::store_path::{StorePath, StorePathHash};
+
+use super::{View, ViewError};
+use crate::fs::nodes::ObjectKey;
+use crate::trust::{TrustedRecord, Untrusted};
+
+/// Closures fetched in the background at once.
+const PREFETCHES_MAX: usize = 4;
+
+/// What a view has of some closures.
+#[derive(Debug, Default)]
+pub struct Closures {
+    /// The records, each once.
+    pub records: Vec<TrustedRecord>,
+    /// What the cache does not have, of the paths asked for and of those they refer to.
+    pub missing: Vec<String>,
+}
+
+impl Closures {
+    /// Bytes of the NARs together.
+    #[must_use]
+    pub fn nar_bytes(&self) -> u64 {
+        self.records.iter().map(|record| record.info().nar_size).sum()
+    }
+}
+
+impl View {
+    /// Makes the closures of these paths known, and seen through every overlay. Cancel safe.
+    ///
+    /// # Errors
+    /// When the server does not answer, or an overlay does not show a path.
+    pub async fn ensure(&self, paths: &[StorePath]) -> Result<Closures, ViewError> {
+        let roots: Vec<StorePathHash> = paths.iter().map(|path| path.hash).collect();
+        let mut closures = match self.closures_in_memory(paths) {
+            Some(closures) => closures,
+            None => self.load_closures(&roots).await?,
+        };
+        let found: HashSet<StorePath> =
+            closures.records.iter().map(|record| record.info().store_path.clone()).collect();
+        let missing: Vec<String> =
+            paths.iter().filter(|path| !found.contains(path)).map(ToString::to_string).collect();
+        // One that the server called missing by its hash is in there by its name now.
+        closures.missing.retain(|hash| !missing.iter().any(|path| path.starts_with(hash.as_str())));
+        closures.missing.extend(missing);
+        let show: Vec<StorePath> = found.into_iter().collect();
+        self.show(&show).await?;
+        Ok(closures)
+    }
+
+    /// Loads the closure of a path in the background, unless all it refers to is known.
+    pub(super) fn prefetch(&self, record: &TrustedRecord) {
+        let references = &record.info().references;
+        if references.iter().all(|path| self.inner.records.contains_key(&path.hash) || *path == record.info().store_path)
+        {
+            return;
+        }
+        let root = record.info().store_path.hash;
+        {
+            let mut prefetching = self.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner);
+            // Beyond the bound it waits for its members' own look-ups.
+            if prefetching.len() >= PREFETCHES_MAX || !prefetching.insert(root) {
+                return;
+            }
+        }
+        let view = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = view.load_closures(&[root]).await {
+                tracing::warn!(root = %root, error = crate::error::chain(&error), "prefetch the closure");
+            }
+            view.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
+        });
+    }
+
+    /// The closures of these paths, if every record is in memory.
+    fn closures_in_memory(&self, paths: &[StorePath]) -> Option<Closures> {
+        let mut closures = Closures::default();
+        let mut seen: HashSet<StorePathHash> = HashSet::new();
+        let mut next: Vec<StorePath> = paths.to_vec();
+        while let Some(path) = next.pop() {
+            if seen.len() > CLOSURE_MAX {
+                return None;
+            }
+            if seen.insert(path.hash) {
+                let record = self.known(&path)?;
+                next.extend_from_slice(&record.info().references);
+                closures.records.push(record);
+            }
+        }
+        Some(closures)
+    }
+
+    async fn load_closures(&self, roots: &[StorePathHash]) -> Result<Closures, ViewError> {
+        let mut closures = Closures::default();
+        let mut untrusted: Option<Untrusted> = None;
+        let missing = self.inner.source.closure(roots, &mut |record| match self.verify(record) {
+            Ok(record) => closures.records.push(record),
+            Err(error) => untrusted = Some(error),
+        });
+        let missing = missing.await.map_err(ViewError::Remote)?;
+        if let Some(error) = untrusted {
+            return Err(error.into());
+        }
+        closures.missing = missing.iter().map(ToString::to_string).collect();
+        // Numbered before they are known, so that the first look-ups find their numbers.
+        self.number(&closures.records).await;
+        for record in &closures.records {
+            self.inner.records.insert(record.info().store_path.hash, record.clone());
+        }
+        Ok(closures)
+    }
+
+    /// Gives these objects their nodeids. If that fails, so will their look-ups, and say why.
+    async fn number(&self, records: &[TrustedRecord]) {
+        let nodes = Arc::clone(&self.inner.nodes);
+        let keys: Vec<ObjectKey> = records.iter().map(ObjectKey::of).collect();
+        let metrics = self.inner.metrics.clone();
+        let numbered = tokio::task::spawn_blocking(move || {
+            let result = nodes.register(&keys);
+            metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
+            result
+        });
+        if let Ok(Err(error)) = numbered.await {
+            tracing::error!(error = crate::error::chain(&error), "number the objects of a closure");
+        }
+    }
+}

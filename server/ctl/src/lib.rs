@@ -1,0 +1,54 @@
+//! The `narlake` command: what people and scripts do with a lake, from pushing to looking inside its files.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`cli`] | the command line |
+//! | [`output`] | what is printed, for people or as JSON, and progress on a terminal |
+//! | [`client`] | the server over HTTP: lake API and Nix binary cache |
+//! | [`control`] | the worker's mountd over its control socket |
+//! | [`dump`] | a file tree on disk as a NAR |
+//! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
+//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`ensure`], [`status`], [`completions`] | one command each |
+//!
+//! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
+//! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
+
+use std::fmt;
+
+pub mod cat;
+pub mod cli;
+pub mod client;
+pub mod completions;
+pub mod control;
+pub mod dump;
+pub mod ensure;
+pub mod inspect;
+pub mod ls;
+pub mod object;
+pub mod output;
+pub mod overlay;
+pub mod place;
+pub mod push;
+pub mod status;
+pub mod tree;
+
+/// How a command ended that was carried out and said what there was to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// All is well: exit code 0.
+    Good,
+    /// What was asked about is not as it should be, as the report says: exit code 1.
+    Bad,
+}
+
+/// A command line that makes no sense beyond what the parser sees: exit code 2.
+#[derive(Debug)]
+pub struct UsageError(pub String);
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}

@@ -1,0 +1,222 @@
+//! What the `narlake` command and a worker's mountd say to each other on the control socket.
+//!
+//! One JSON document a line, in each direction: a [`ControlRequest`], then its [`ControlResponse`], strictly in turn;
+//! the client may send another or close. A line has at most [`LINE_MAX`] bytes. As in the rest of the API, unknown
+//! fields are ignored, so that a newer side can say more to an older one.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest line, in bytes: an `ensure` of a closure's worth of paths fits.
+pub const LINE_MAX: usize = 32 << 20;
+
+/// What mountd is asked to do.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum ControlRequest {
+    /// How it goes. Answered with [`ControlResponse::Status`], also when disk or network do not answer.
+    Status,
+    /// Mount an overlay over the lower. Answered with [`ControlResponse::Overlay`].
+    OverlayUp {
+        /// Directory that takes what is written; made if it is not there.
+        upper: PathBuf,
+        /// Empty directory on the same file system, for the kernel; made if it is not there.
+        work: PathBuf,
+        /// Where to mount it, `/nix/store` for instance.
+        merged: PathBuf,
+    },
+    /// Take an overlay into care that somebody else has mounted over the lower. Answered with
+    /// [`ControlResponse::Overlay`].
+    OverlayAdopt {
+        /// Where it is mounted.
+        merged: PathBuf,
+    },
+    /// Unmount an overlay. Answered with [`ControlResponse::Done`].
+    OverlayDown {
+        /// Where it is mounted.
+        merged: PathBuf,
+        /// Detach it although it is in use.
+        #[serde(default)]
+        lazy: bool,
+    },
+    /// The overlays in care. Answered with [`ControlResponse::Overlays`].
+    OverlayList,
+    /// Make the closures of these paths known and visible. Answered with [`ControlResponse::Ensured`].
+    Ensure {
+        /// Store paths, with or without the store directory.
+        paths: Vec<String>,
+        /// How long to try, in seconds; the fetch deadline if absent.
+        #[serde(default)]
+        timeout_s: Option<u64>,
+    },
+    /// Refresh the overlays, so that they forget which names did not exist. Answered with [`ControlResponse::Done`].
+    /// This is what Nix's `remount-hook` asks for.
+    Refresh {
+        /// Only this one.
+        #[serde(default)]
+        merged: Option<PathBuf>,
+    },
+    /// Drop cached content, least recently used first, until at most this much is left. Answered with
+    /// [`ControlResponse::Evicted`].
+    Evict {
+        /// Bytes that may stay.
+        #[serde(default)]
+        keep_bytes: u64,
+    },
+}
+
+/// What mountd answers.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum ControlResponse {
+    /// It is done.
+    Done,
+    /// How it goes.
+    Status(Box<MountStatus>),
+    /// One overlay.
+    Overlay(OverlayInfo),
+    /// All overlays.
+    Overlays {
+        /// In order of where they are mounted.
+        overlays: Vec<OverlayInfo>,
+    },
+    /// The closures are known and visible, but for what is missing.
+    Ensured {
+        /// Paths of the closures.
+        paths: u64,
+        /// Bytes of their NARs together.
+        nar_bytes: u64,
+        /// Paths asked for, or referred to, that the cache does not have.
+        missing: Vec<String>,
+    },
+    /// Cached content was dropped.
+    Evicted {
+        /// Bytes that it had on disk.
+        bytes: u64,
+    },
+    /// It was not done.
+    Error {
+        /// What a program does about it.
+        kind: ControlErrorKind,
+        /// What a human needs to know.
+        message: String,
+    },
+}
+
+/// Why something was not done, as far as a program decides by it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ControlErrorKind {
+    /// The request makes no sense.
+    Invalid,
+    /// There is no such overlay or path.
+    NotFound,
+    /// It is in use; nothing was changed.
+    Busy,
+    /// Server or kernel did not answer in time; the same request may succeed later.
+    Unavailable,
+    /// It cannot be done, and trying again will not help.
+    Failed,
+}
+
+/// One overlay over the lower.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OverlayInfo {
+    /// Where it is mounted.
+    pub merged: PathBuf,
+    /// The mount of mountd below it.
+    pub lower: PathBuf,
+    /// The directory that takes what is written.
+    pub upper: PathBuf,
+    /// The kernel's work directory; absent where it is not known.
+    #[serde(default)]
+    pub work: Option<PathBuf>,
+    /// Somebody else mounted it.
+    pub adopted: bool,
+    /// What to give nix-daemon as `--store`.
+    pub store_uri: String,
+}
+
+/// How a mountd is doing.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MountStatus {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Where its view is mounted.
+    pub mount: PathBuf,
+    /// The store directory of the paths it shows.
+    pub store_dir: String,
+    /// The server it fetches from.
+    pub server: String,
+    /// Whether the server answered when it was last asked.
+    pub server_up: bool,
+    /// Names of the keys it trusts.
+    pub trusted_keys: Vec<String>,
+    /// The Nix socket.
+    pub nix_socket: PathBuf,
+    /// The cache directory.
+    pub cache_dir: PathBuf,
+    /// Bytes on disk in the cache.
+    pub cache_bytes: u64,
+    /// Most bytes the cache may have.
+    pub cache_bytes_max: u64,
+    /// Files in the cache.
+    pub cache_files: u64,
+    /// Store paths whose metadata is in memory.
+    pub paths_known: u64,
+    /// Store objects that have a nodeid.
+    pub objects: u64,
+    /// Names that the kernel was told do not exist.
+    pub negative_names: u64,
+    /// Reads of packs since the start.
+    pub fetch_requests: u64,
+    /// Bytes those reads returned.
+    pub fetch_bytes: u64,
+    /// Messages of the kernel since the start, by operation, of those that came at all.
+    pub fuse_requests: Vec<(String, u64)>,
+    /// Overlays over the mount.
+    pub overlays: Vec<OverlayInfo>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(line: &str, request: &ControlRequest) {
+        assert_eq!(&serde_json::from_str::<ControlRequest>(line).unwrap(), request);
+        let again = serde_json::to_string(request).unwrap();
+        assert_eq!(&serde_json::from_str::<ControlRequest>(&again).unwrap(), request);
+    }
+
+    #[test]
+    fn requests_are_plain_json() {
+        check(r#"{"op":"status"}"#, &ControlRequest::Status);
+        check(r#"{"op":"overlay-list","from":"a newer client"}"#, &ControlRequest::OverlayList);
+        check(
+            r#"{"op":"overlay-up","upper":"/u","work":"/w","merged":"/m"}"#,
+            &ControlRequest::OverlayUp { upper: "/u".into(), work: "/w".into(), merged: "/m".into() },
+        );
+        check(
+            r#"{"op":"overlay-down","merged":"/m"}"#,
+            &ControlRequest::OverlayDown { merged: "/m".into(), lazy: false },
+        );
+        check(r#"{"op":"ensure","paths":["x"]}"#, &ControlRequest::Ensure { paths: vec!["x".into()], timeout_s: None });
+        check(r#"{"op":"refresh"}"#, &ControlRequest::Refresh { merged: None });
+        check(r#"{"op":"evict"}"#, &ControlRequest::Evict { keep_bytes: 0 });
+        for bad in ["", "{}", r#"{"op":"sing"}"#, r#"{"op":"overlay-down"}"#, r#"{"op":"ensure","paths":"x"}"#] {
+            assert!(serde_json::from_str::<ControlRequest>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn responses_name_their_kind() {
+        let error = ControlResponse::Error { kind: ControlErrorKind::Busy, message: "in use".into() };
+        let text = serde_json::to_string(&error).unwrap();
+        assert_eq!(text, r#"{"result":"error","kind":"busy","message":"in use"}"#);
+        assert_eq!(serde_json::from_str::<ControlResponse>(&text).unwrap(), error);
+        assert_eq!(serde_json::to_string(&ControlResponse::Done).unwrap(), r#"{"result":"done"}"#);
+    }
+}
