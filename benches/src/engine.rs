@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{StreamExt, TryStreamExt};
+use narlake_format::id::BlobKind;
 use narlake_format::nix::signature::SecretKey;
 use narlake_storage::{Bucket, Cache, Components, Lake, Metrics, OsEntropy, Settings, SystemClock, UploadName};
 
@@ -116,4 +117,39 @@ fn bytes_below(path: &Path) -> u64 {
     } else {
         path.metadata().map_or(0, |meta| meta.len())
     }
+}
+
+/// What the packs of a bucket directory hold, in bytes as stored, by what it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PackBytes {
+    /// Frames of file data.
+    pub data: u64,
+    /// Frames of manifests and string tables.
+    pub metadata: u64,
+    /// Headers, footers and trailers.
+    pub tables: u64,
+}
+
+/// Adds up the packs of a bucket directory.
+///
+/// # Panics
+/// Where a pack is damaged.
+#[must_use]
+pub fn pack_bytes(directory: &Path) -> PackBytes {
+    let mut sum = PackBytes::default();
+    for entry in std::fs::read_dir(directory.join("bucket/packs/public")).into_iter().flatten().flatten() {
+        let pack = std::fs::read(entry.path()).expect("a pack");
+        let footer = narlake_format::lake::pack::verify(&pack).expect("a whole pack");
+        sum.tables += pack.len() as u64;
+        for frame in footer.frames() {
+            let first = footer.blobs().get(frame.blobs.start as usize).map(|blob| blob.kind);
+            let length = u64::from(frame.place.length);
+            sum.tables -= length;
+            match first {
+                Some(BlobKind::Chunk) => sum.data += length,
+                _ => sum.metadata += length,
+            }
+        }
+    }
+    sum
 }

@@ -291,6 +291,3 @@ fn attr(object: &Object, node: NodeId, entry: EntryNumber) -> Attr {
         Some(kind) => Attr { node, kind, size: object.tree.size(entry) },
     }
 }
-
-#[cfg(test)]
-mod tests;

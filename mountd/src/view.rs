@@ -173,6 +173,12 @@ impl View {
         self.inner.records.iter().map(|(_, record)| record.info().store_path.clone()).collect()
     }
 
+    /// Number of paths in memory.
+    #[must_use]
+    pub fn known_len(&self) -> usize {
+        self.inner.records.len()
+    }
+
     /// Number of names in NEG.
     #[must_use]
     pub fn negative_len(&self) -> usize {
@@ -338,6 +344,3 @@ impl ViewError {
 fn is_scratch_name(path: &StorePath) -> bool {
     [".lock", ".chroot", ".check"].iter().any(|suffix| path.name.as_str().ends_with(suffix))
 }
-
-#[cfg(test)]
-mod tests;

@@ -183,9 +183,9 @@ class Rig:
         """Nix in the chroot of a suite, with the store paths of DEBNIX, or none."""
         return Nix(self, suite, name or f"nix-{suite}{'-empty' if empty else ''}", empty)
 
-    def mountd(self, server, directory="mountd", **settings):
-        """A running narlake-mountd that shows what the server has."""
-        mountd = Mountd(self, self.path(directory), server, settings)
+    def mountd(self, server, directory="mountd", trusted=None, **settings):
+        """A running narlake-mountd that shows what the server has, if a trusted key signed it; by default the server's."""
+        mountd = Mountd(self, self.path(directory), server, trusted or server.public_keys(), settings)
         mountd.start()
         return mountd
 
@@ -328,14 +328,15 @@ class Server:
     bucket_directory = property(lambda self: self.directory / "bucket")
     state_directory = property(lambda self: self.directory / "state")
 
-    def start(self):
-        """Start it, again after a stop: on another port then."""
+    port = property(lambda self: urllib.parse.urlsplit(self.url).port)
+
+    def start(self, port=0):
+        """Start it; again after a stop, on another port unless told which."""
         settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
         self.daemon = self.rig.start(
             self.directory.name, self.rig.program("narlake-server"), "serve", "--data-dir", self.directory,
-            "--listen", "127.0.0.1:0", *self.bucket.options, *settings, environment=self.bucket.environment)
-        port = self.daemon.await_line(r"127\.0\.0\.1:([1-9]\d*)")[1]
-        self.url = f"http://127.0.0.1:{port}"
+            "--listen", f"127.0.0.1:{port}", *self.bucket.options, *settings, environment=self.bucket.environment)
+        self.url = self.daemon.await_line(r"http://127\.0\.0\.1:[1-9]\d*")[0]
         wait_until("narlake-server answers", self.answers)
         return self
 
@@ -415,10 +416,13 @@ class Nix:
 class Mountd:
     """A narlake-mountd with one live view."""
 
-    def __init__(self, rig, directory, server, settings):
+    METRICS = "127.0.0.1:19081"
+
+    def __init__(self, rig, directory, server, trusted, settings):
         self.rig = rig
         self.directory = directory
         self.server = server
+        self.trusted = trusted
         self.settings = settings
         self.mountpoint = rig.path(f"{directory.name}/lower")
         self.cache = directory / "cache"
@@ -427,12 +431,12 @@ class Mountd:
         self.daemon = None
 
     def start(self):
-        keys = [word for key in self.server.public_keys() for word in ("--trusted-key", key)]
-        settings = [word for key, value in self.settings.items() for word in (f"--{key}", value)]
+        keys = [word for key in self.trusted for word in ("--trusted-key", key)]
+        settings = [word for key, value in self.settings.items() for word in (f"--{key.replace('_', '-')}", value)]
         self.daemon = self.rig.start(
             self.directory.name, self.rig.program("narlake-mountd"), "run", "--server", self.server.url, "--mount",
             self.mountpoint, "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control",
-            self.control_socket, *keys, *settings)
+            self.control_socket, "--metrics-listen", self.METRICS, *keys, *settings)
 
         def ready():
             check(self.daemon.running(), f"narlake-mountd ended\n{self.daemon.text()[-2000:]}")
@@ -451,14 +455,36 @@ class Mountd:
         return self.rig.run(self.rig.program("narlake"), *arguments, "--control", self.control_socket, **options)
 
     def overlay(self, name="overlay"):
-        """A writable overlay over the view; gives where it is mounted, and its upper directory."""
-        places = [self.rig.path(f"{name}/{part}") for part in ("upper", "work", "merged/nix/store")]
-        upper, work, merged = places
-        self.narlake("overlay", "up", "--upper", upper, "--work", work, "--mount", merged)
-        return merged, upper
+        """A writable overlay over the view."""
+        merged, upper, work = (self.rig.path(f"{name}/{part}") for part in ("merged", "upper", "work"))
+        done = self.narlake("overlay", "up", "--json", "--upper", upper, "--work", work, "--merged", merged)
+        return Overlay(merged, upper, json.loads(done.stdout)["store_uri"])
 
-    def status(self):
-        return json.loads(self.narlake("status", "--json").stdout)
+    def overlay_nix(self, suite):
+        """Nix whose /nix/store is an overlay over the view, with nothing in its database."""
+        overlay = self.overlay(f"overlay-{suite}")
+        nix = self.rig.nix(suite, name=f"nix-{overlay.merged.parent.name}", empty=True).bind(overlay.merged, "/nix/store")
+        return nix.configure(f"store = {overlay.store}"), overlay
+
+    def metric(self, name):
+        """The sum of a metric over its labels."""
+        text = request(f"http://{self.METRICS}", "GET", "/metrics").body.decode()
+        values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        check(values, f"there is no metric {name}")
+        return sum(map(float, values))
+
+    def fetched_bytes(self):
+        """What came from the server so far."""
+        return int(self.metric("narlake_mountd_remote_received_bytes_total"))
+
+
+@dataclasses.dataclass
+class Overlay:
+    """Where an overlay is mounted, what takes its changes, and the store URL for Nix."""
+
+    merged: pathlib.Path
+    upper: pathlib.Path
+    store: str
 
 
 class Prometheus:

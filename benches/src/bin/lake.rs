@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use narlake_bench::corpus::{self, Item};
-use narlake_bench::engine::{Engine, bucket_bytes};
+use narlake_bench::engine::{Engine, bucket_bytes, pack_bytes};
 use narlake_bench::{parts, rate};
 use serde_json::json;
 
@@ -40,10 +40,12 @@ async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Val
     let export = engine.export(first).await;
     engine.close().await;
     let stored_first = stored(directory.path());
+    let packs_first = pack_bytes(directory.path());
     engine.ingest(second).await;
     engine.publish(second).await;
     engine.close().await;
     let stored_second = stored(directory.path()) - stored_first;
+    let packs = pack_bytes(directory.path());
     let zstd = |items: &[Item]| -> u64 {
         items.iter().map(|item| zstd::bulk::compress(&item.nar, LEVEL).map_or(0, |z| z.len() as u64)).sum()
     };
@@ -70,6 +72,11 @@ async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Val
         "stored_mb": { "first": round(stored_first as f64 / 1e6), "rebuild": round(stored_second as f64 / 1e6) },
         "rebuild_percent_of_first": round(stored_second as f64 * 100.0 / stored_first.max(1) as f64),
         "zstd_per_nar_mb": { "first": round(zstd(first) as f64 / 1e6), "rebuild": round(zstd(second) as f64 / 1e6) },
+        "rebuild_kb": {
+            "data": round((packs.data - packs_first.data) as f64 / 1e3),
+            "metadata": round((packs.metadata - packs_first.metadata) as f64 / 1e3),
+            "pack_tables": round((packs.tables - packs_first.tables) as f64 / 1e3),
+        },
         "bucket": bucket_bytes(directory.path()).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     })
 }

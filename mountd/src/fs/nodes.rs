@@ -187,7 +187,7 @@ impl NodeTable {
             let offset = row_offset(number);
             file.read_exact_at(&mut row, offset).map_err(io("read"))?;
             match decode_row(&row, number) {
-                Some(key) => rows.push(key),
+                Some(key) => drop(rows.push(key)),
                 None if number == whole && booted_since => keep = number - 1,
                 None => return Err(NodeTableError::Damaged { path: path.to_owned(), offset }),
             }

@@ -98,11 +98,11 @@ impl View {
     async fn load_closures(&self, roots: &[StorePathHash]) -> Result<Closures, ViewError> {
         let mut closures = Closures::default();
         let mut untrusted: Option<Untrusted> = None;
-        let missing = self.inner.source.closure(roots, &mut |record| match self.verify(record) {
+        let mut take = |record| match self.verify(record) {
             Ok(record) => closures.records.push(record),
             Err(error) => untrusted = Some(error),
-        });
-        let missing = missing.await.map_err(ViewError::Remote)?;
+        };
+        let missing = self.inner.source.closure(roots, &mut take).await.map_err(ViewError::Remote)?;
         if let Some(error) = untrusted {
             return Err(error.into());
         }

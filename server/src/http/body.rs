@@ -28,6 +28,8 @@ use crate::coding::{self, Bounds, ByteStream};
 const LINGER_BYTES_MAX: usize = 64 << 20;
 /// Longest time that a refused body is read.
 const LINGER: Duration = Duration::from_secs(5);
+/// Longest silence in it: a client that is not sending has nothing that could keep it from reading.
+const LINGER_IDLE: Duration = Duration::from_millis(500);
 
 /// Most content codings on one body.
 const CODINGS_MAX: usize = 2;
@@ -207,7 +209,7 @@ impl Drop for Lingering {
         // Owned by nobody, since the request is over; it ends by itself within `LINGER`.
         runtime.spawn(tokio::time::timeout(LINGER, async move {
             let mut drained = 0;
-            while let Some(Ok(bytes)) = body.next().await {
+            while let Ok(Some(Ok(bytes))) = tokio::time::timeout(LINGER_IDLE, body.next()).await {
                 drained += bytes.len();
                 if drained > LINGER_BYTES_MAX {
                     break;

@@ -51,6 +51,7 @@ impl HttpError {
     }
 
     /// A task that worked for the request panicked.
+    #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
     pub fn lost(error: tokio::task::JoinError) -> Self {
         Self::internal(StatusCode::INTERNAL_SERVER_ERROR, Panicked(error.to_string()))
     }

@@ -54,6 +54,7 @@ pub async fn observe(State(shared): State<Shared>, request: Request, next: Next)
         status: CLIENT_GONE,
         sent: 0,
         outcome: Outcome::ClientGone,
+        reason: None,
         metrics: shared.metrics.clone(),
         _in_flight: InFlight::of(&shared.metrics.requests_in_flight),
     };
@@ -62,8 +63,8 @@ pub async fn observe(State(shared): State<Shared>, request: Request, next: Next)
         *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
     }
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
-        exchange.report(&problem, response.status());
         fail(&mut response, &exchange.id, &problem, is_api);
+        exchange.report(problem);
     }
     exchange.status = response.status().as_u16();
     if let Ok(id) = HeaderValue::from_str(&exchange.id) {
@@ -119,6 +120,8 @@ struct Exchange {
     status: u16,
     sent: u64,
     outcome: Outcome,
+    /// Why it was refused.
+    reason: Option<String>,
     metrics: Metrics,
     _in_flight: InFlight,
 }
@@ -132,11 +135,10 @@ enum Outcome {
 }
 
 impl Exchange {
-    /// Logs what went wrong inside: the one place where it is.
-    fn report(&self, problem: &Problem, status: StatusCode) {
+    /// Logs what went wrong inside, the one place where it is; what was wrong with the request goes into its line.
+    fn report(&mut self, problem: Problem) {
         let Some(cause) = &problem.cause else {
-            let status = status.as_u16();
-            tracing::info!(id = self.id, path = self.path, status, reason = problem.message, "request refused");
+            self.reason = Some(problem.message);
             return;
         };
         if cause.is::<Panicked>() {
@@ -187,6 +189,7 @@ impl Drop for Exchange {
             bytes = self.sent,
             seconds = took.as_secs_f64(),
             ended,
+            reason = self.reason,
             "request"
         );
     }

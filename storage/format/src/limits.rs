@@ -54,6 +54,11 @@ pub const FRAME_RAW_MAX: usize = 16 << 20;
 pub const FRAME_BASE_MAX: usize = 4;
 /// Largest part of a manifest body, in bytes.
 pub const PART_MAX: usize = 256 * 1024;
+/// Largest of the first [`PARTS_SMALL`] parts: most bodies have no others, and in a small part a file that changes
+/// takes few unchanged ones along. Frozen with the manifest's format, as is their number.
+pub const PART_SMALL_MAX: usize = 16 * 1024;
+/// Number of parts that are small.
+pub const PARTS_SMALL: usize = 64;
 /// Largest header of a manifest body, in bytes: 24,000 parts, about 6 GB of body.
 pub const MANIFEST_HEADER_MAX: usize = 1 << 20;
 /// Largest string table, in bytes.
@@ -75,6 +80,8 @@ pub const DOCUMENT_MAX: usize = 1 << 20;
 pub const CLOCK_SKEW_MAX_S: u64 = 300;
 
 const _: () = assert!(CHUNK_MIN < CHUNK_AVG && CHUNK_AVG < CHUNK_MAX && CHUNK_MAX <= FRAME_TARGET);
+// The largest item, a chunk full of patches, is half of that.
+const _: () = assert!(CHUNK_MAX / 32 * 4 * 2 <= PART_SMALL_MAX && PART_SMALL_MAX <= PART_MAX);
 const _: () = assert!(PART_MAX <= FRAME_TARGET && FRAME_TARGET <= FRAME_RAW_MAX);
 const _: () = assert!(MANIFEST_HEADER_MAX <= FRAME_RAW_MAX && TABLE_MAX <= FRAME_RAW_MAX);
 const _: () = assert!(PACK_TARGET + 2 * FRAME_RAW_MAX <= PACK_MAX);

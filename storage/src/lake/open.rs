@@ -14,7 +14,7 @@ use super::{Inner, Lake, LakeInfo};
 use crate::bucket::{Bucket, decode_document};
 use crate::config::{Components, Settings};
 use crate::cpu::CpuPool;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::index::Index;
 use crate::ingest::Intake;
 use crate::kv::{Kv, set_aside};
@@ -130,10 +130,17 @@ impl Lake {
         for prefix in self.inner.bucket.list_folders(keys::CACHES).await? {
             let Some(id) = prefix.rsplit('/').next().and_then(|name| name.parse::<CacheId>().ok()) else { continue };
             let configs = self.inner.bucket.list(&keys::configs(&id), None).await?;
-            if let Some(newest) = configs.iter().rev().find(|object| matches!(object.key.parse(), Ok(Key::Config(..)))) {
-                let document = decode_document(&newest.key, &self.inner.bucket.get(&newest.key).await?)?;
-                caches.push(Cache { id, document: Arc::new(document) });
-            }
+            let newest = configs.iter().rev().find(|object| matches!(object.key.parse(), Ok(Key::Config(..))));
+            // A cache's configuration is written before anything else of it. To go on without one would be to make a new
+            // cache of its name, in which its paths are not.
+            let newest = newest.ok_or_else(|| Error::Bucket {
+                operation: "find a configuration under",
+                key: keys::configs(&id),
+                kind: ErrorKind::Corrupt,
+                source: "the cache has other objects, but no configuration".into(),
+            })?;
+            let document = decode_document(&newest.key, &self.inner.bucket.get(&newest.key).await?)?;
+            caches.push(Cache { id, document: Arc::new(document) });
         }
         caches.sort_by_key(|cache| cache.id);
         Ok(caches)

@@ -5,8 +5,9 @@
 //! a symlink has its scrubbed target and patches. The strings that patches name are in the
 //! [string table](super::strings), outside.
 //!
-//! A body is cut into *parts* of at most [`PART_MAX`](crate::limits::PART_MAX) bytes by a fixed rule, so that ten million
-//! entries or a file of a terabyte are written and read in bounded memory, and a *header* that lists them; the id of the
+//! A body is cut into *parts* by a fixed rule: the first 64 of at most 16 KiB, so that a rebuild which changes one file
+//! of a package stores little of its manifest anew, the rest of at most 256 KiB, so that ten million entries or a file
+//! of a terabyte are written and read in bounded memory, and a *header* that lists them; the id of the
 //! manifest is that of its header. Inside a part the items are taken apart into columns, like to like, which zstd likes
 //! better than rows. docs/format/manifest.md has the bytes.
 //!
@@ -16,6 +17,8 @@
 //!
 //! What neither side checks is what patches mean: that needs the table, and happens where they are
 //! [resolved](super::scrub::PatchList::resolve).
+
+use crate::limits::{PART_MAX, PART_SMALL_MAX, PARTS_SMALL};
 
 mod column;
 mod header;
@@ -34,6 +37,11 @@ mod shape {
     pub(super) const EXECUTABLE: u8 = 3;
     pub(super) const SYMLINK: u8 = 4;
     pub(super) const END_DIRECTORY: u8 = 5;
+}
+
+/// The largest that the part of this number may be, in bytes.
+const fn part_max(number: usize) -> usize {
+    if number < PARTS_SMALL { PART_SMALL_MAX } else { PART_MAX }
 }
 
 #[cfg(test)]

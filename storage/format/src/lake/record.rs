@@ -222,6 +222,9 @@ impl Fields {
             TABLE => once(TABLE, &mut self.inline_table, decode_table(value)),
             SIG => {
                 let signature = value.parse().map_err(|source| RecordError::Field { field: SIG, source })?;
+                if self.signatures.last().is_some_and(|last| *last >= signature) {
+                    return Err(RecordError::NotCanonical);
+                }
                 self.signatures.push(signature);
                 let (value, max) = (self.signatures.len() as u64, SIGNATURES_MAX as u64);
                 let too_many = FormatError::Limit { field: "number of signatures", value, max, offset: 0 };

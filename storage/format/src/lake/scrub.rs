@@ -161,10 +161,13 @@ impl Scrubber {
         let (mut from, mut search) = (0, 0);
         loop {
             let candidate = self.prefix.find(&bytes[search..]).map(|at| search + at);
-            // A bare hash holds no slash, so none reaches over the start of a prefix.
-            from = self.scrub_bare(bytes, from, candidate.unwrap_or(bytes.len()), patches);
+            let prefix_at = candidate.unwrap_or_else(|| self.prefix_begun(bytes, search, last));
+            // A bare hash holds no slash, so none reaches over the start of a prefix. Behind it there may be one, in a
+            // store directory that looks like a hash, but a match that starts further left comes first.
+            from = self.scrub_bare(bytes, from, prefix_at, patches);
             let Some(at) = candidate else {
-                return if last { bytes.len() } else { self.first_undecided(bytes, from) };
+                let digits = if last || self.known.is_empty() { 0 } else { digits_at_end(&bytes[from..]) };
+                return prefix_at.min(bytes.len() - digits);
             };
             from = at;
             let hash_at = at + self.prefix.needle().len();
@@ -198,14 +201,11 @@ impl Scrubber {
         from
     }
 
-    /// The first byte at which a match may start whose end is not seen, when no prefix is whole: one of the start of a
-    /// prefix, or of digits too few for a hash.
-    fn first_undecided(&self, bytes: &[u8], from: usize) -> usize {
+    /// Where behind `search` the bytes end in the start of a prefix, or their end if they do not or are the last.
+    fn prefix_begun(&self, bytes: &[u8], search: usize, last: bool) -> usize {
         let prefix = self.prefix.needle();
-        let cut = bytes.len().saturating_sub(prefix.len() - 1).max(from);
-        let prefix_at = (cut..bytes.len()).find(|at| prefix.starts_with(&bytes[*at..])).unwrap_or(bytes.len());
-        let digits = if self.known.is_empty() { 0 } else { digits_at_end(&bytes[from..]) };
-        prefix_at.min(bytes.len() - digits)
+        let shortest = if last { bytes.len() } else { bytes.len().saturating_sub(prefix.len() - 1).max(search) };
+        (shortest..bytes.len()).find(|at| prefix.starts_with(&bytes[*at..])).unwrap_or(bytes.len())
     }
 
     /// The string's number in the table, a new one where there is room.

@@ -1,11 +1,12 @@
 //! The header of a manifest body: versions, and the list of its parts.
 
+use super::part_max;
 use crate::error::FormatError;
 use crate::id::{ID_LEN, ManifestId, PartId};
 use crate::lake::chunker::ChunkerVersion;
 use crate::lake::scrub::ScrubVersion;
 use crate::lake::wire::Input;
-use crate::limits::{ENTRIES_MAX, MANIFEST_HEADER_MAX, PART_MAX};
+use crate::limits::{ENTRIES_MAX, MANIFEST_HEADER_MAX};
 
 const MAGIC: [u8; 4] = *b"NLKM";
 const FORMAT: u16 = 1;
@@ -97,8 +98,8 @@ impl ManifestHeader {
             let id = PartId::from_bytes(input.array("part id")?);
             let entries = input.u32("entries of part")?;
             let length = input.u32("length of part")?;
-            if length == 0 || length as usize > PART_MAX {
-                let (value, max) = (length.into(), PART_MAX as u64);
+            if length == 0 || length as usize > part_max(parts.len()) {
+                let (value, max) = (length.into(), part_max(parts.len()) as u64);
                 return Err(FormatError::Limit { field: "length of part", value, max, offset });
             }
             entries_left = entries_left

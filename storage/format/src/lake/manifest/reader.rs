@@ -2,12 +2,12 @@
 
 use super::column::{Column, ColumnInputs, Lengths};
 use super::header::{ManifestHeader, PartRef};
-use super::shape;
+use super::{part_max, shape};
 use super::tree::{PatchPlaces, Tree, check_target};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, PartId};
 use crate::lake::scrub::Patch;
-use crate::limits::{CHUNK_MAX, PART_MAX, TARGET_MAX};
+use crate::limits::{CHUNK_MAX, TARGET_MAX};
 
 /// What a manifest says next, in the order of the NAR.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +61,8 @@ pub struct ManifestReader {
     tree: Tree,
     /// The columns of the part before, to see that it had no room for more.
     previous: Option<Lengths>,
+    /// Parts read so far.
+    read: usize,
     /// The patches of a symlink.
     patches: Vec<Patch>,
 }
@@ -74,6 +76,7 @@ impl ManifestReader {
             parts: header.parts.clone().into_iter(),
             tree: Tree::new(),
             previous: None,
+            read: 0,
             patches: Vec::new(),
         }
     }
@@ -96,7 +99,8 @@ impl ManifestReader {
         while self.item(&mut columns, on)? {
             if let Some(previous) = self.previous.take() {
                 // The rule by which parts are cut: this item would not have fitted.
-                if previous.plus(columns.consumed()).part_len() <= PART_MAX {
+                let previous_number = self.read - 1;
+                if previous.plus(columns.consumed()).part_len() <= part_max(previous_number) {
                     return Err(FormatError::Syntax { field: "cut between manifest parts", offset: 0 }.into());
                 }
             }
@@ -110,6 +114,7 @@ impl ManifestReader {
             return Err(FormatError::Syntax { field: "part without items", offset: 0 }.into());
         }
         self.previous = Some(lengths);
+        self.read += 1;
         Ok(())
     }
 
@@ -183,7 +188,7 @@ impl ManifestReader {
         let mut places = PatchPlaces::default();
         for _ in 0..patch_count(columns, number)? {
             let patch = read_patch(columns)?;
-            places.next(&patch, length)?;
+            places.next(&patch, 0, length)?;
             self.patches.push(patch);
         }
         on(ManifestEvent::Symlink { target, patches: &self.patches })

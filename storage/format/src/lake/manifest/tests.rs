@@ -7,7 +7,7 @@ use crate::error::FormatError;
 use crate::id::{ChunkId, FILE_ID_INLINE_MAX, FileId, PartId};
 use crate::lake::chunker::ChunkerVersion;
 use crate::lake::scrub::{Patch, ScrubVersion};
-use crate::limits::{CHUNK_MAX, DEPTH_MAX, PART_MAX};
+use crate::limits::{CHUNK_MAX, DEPTH_MAX, PART_MAX, PART_SMALL_MAX, PARTS_SMALL};
 
 /// A tree to write.
 #[derive(Clone, Debug)]
@@ -95,7 +95,9 @@ fn check(tree: &Tree) -> Finished {
     let finished = write(tree).expect("a tree");
     assert_eq!(ManifestHeader::decode(&finished.header_bytes), Ok(finished.header.clone()));
     assert_eq!(finished.header.id(), finished.id);
-    assert!(finished.parts.iter().all(|part| part.bytes.len() <= PART_MAX));
+    for (number, part) in finished.parts.iter().enumerate() {
+        assert!(part.bytes.len() <= part_max(number), "part {number}");
+    }
     assert_eq!(rewrite(&finished.header, &bytes_of(&finished)), Ok(finished.clone()));
     finished
 }
@@ -184,14 +186,20 @@ fn layout() {
 
 #[test]
 fn long_manifests_are_cut() {
-    let many = (0..20_000).map(|n| (format!("file {n:07}").into_bytes(), file(n)));
+    let many = (0..40_000).map(|n| (format!("file {n:07}").into_bytes(), file(n)));
     let finished = check(&Tree::Directory(many.collect()));
-    assert!(finished.parts.len() > 3, "{} parts", finished.parts.len());
-    assert_eq!(finished.parts.iter().map(|part| part.entries).sum::<u32>(), 20_001);
+    let small = finished.parts.iter().take(PARTS_SMALL);
+    assert!(small.clone().count() == PARTS_SMALL && small.clone().all(|part| part.bytes.len() <= PART_SMALL_MAX));
+    assert!(finished.parts[PARTS_SMALL].bytes.len() > PART_SMALL_MAX, "later parts are large");
+    assert_eq!(finished.parts.iter().map(|part| part.entries).sum::<u32>(), 40_001);
+    // The first parts are small, the later ones large.
+    let lengths: Vec<usize> = finished.parts.iter().map(|part| part.bytes.len()).collect();
+    assert!(lengths[PARTS_SMALL - 1] > PART_SMALL_MAX - 100 && lengths[PARTS_SMALL] > PART_SMALL_MAX, "{lengths:?}");
     // A file goes on in the next part.
     let finished = check(&directory([("long", file(1 << 30)), ("other", file(1))]));
     let entries: Vec<u32> = finished.parts.iter().map(|part| part.entries).collect();
-    assert_eq!(entries, [2, 0, 1]);
+    assert_eq!((entries[0], entries[entries.len() - 1], entries.iter().sum::<u32>()), (2, 1, 3));
+    assert!(entries.len() > 3, "a file over several parts");
     // Parts can be taken as they come.
     let mut writer = new_writer();
     let mut taken = Vec::new();
@@ -290,6 +298,14 @@ fn refusals() {
     let patched = |chunk: u8, patches: &[u8]| {
         [vec![2], vec![], vec![], vec![50], vec![], vec![chunk], patches.to_vec(), vec![7; 32]]
     };
+    // The second of two chunks, full of hashes.
+    let patched_chunk = |count: u64| {
+        let mut patches = Vec::new();
+        crate::lake::wire::put_varint(count, &mut patches);
+        (0..count).for_each(|_| patches.extend([0, 1]));
+        let size = vec![0x80, 0x80, 8];
+        [vec![2], vec![], vec![], size.clone(), vec![], [&size[..], &[1]].concat(), patches, vec![7; 96]]
+    };
     check("a patch", 1, patched(1, &[1, 49, 0]), true);
     check("two patches", 1, patched(1, &[2, 0, 1, 0, 0]), true);
     check("patches said to be there", 1, patched(1, &[]), false);
@@ -298,6 +314,8 @@ fn refusals() {
     check("a patch beyond the chunk", 1, patched(1, &[1, 50, 0]), false);
     check("a second patch beyond the chunk", 1, patched(1, &[2, 18, 1, 0, 1]), false);
     check("a string that no table has", 1, patched(1, &[1, 0, 0x80, 0x80, 8]), false);
+    check("as many patches as a chunk has room for", 1, patched_chunk(2048), true);
+    check("more patches than a chunk has room for", 1, patched_chunk(2049), false);
     check("a gap that overflows", 1, patched(1, &[&[2, 1, 0][..], &[255; 9], &[1, 0]].concat()), false);
     let link = |size: &[u8], target: &[u8], patches: &[u8]| {
         [vec![4], vec![], vec![], size.to_vec(), target.to_vec(), vec![], patches.to_vec(), vec![]]

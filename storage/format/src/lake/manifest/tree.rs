@@ -41,7 +41,8 @@ enum Next {
 #[derive(Clone, Debug)]
 struct OpenFile {
     size: u64,
-    /// Where the last chunk ends.
+    /// Where the last chunk starts, and where it ends.
+    chunk_at: u64,
     offset: u64,
     /// The first chunk's id: all there is to know of a short file.
     first: Option<ChunkId>,
@@ -55,9 +56,9 @@ pub(super) struct PatchPlaces {
 }
 
 impl PatchPlaces {
-    /// Takes the next patch, which must start before `limit`.
-    pub(super) fn next(&mut self, patch: &Patch, limit: u64) -> Result<(), FormatError> {
-        let start = self.end_min.checked_add(patch.gap).filter(|start| *start < limit);
+    /// Takes the next patch, which must start in a run of bytes: at `from` at the earliest, and before `to`.
+    pub(super) fn next(&mut self, patch: &Patch, from: u64, to: u64) -> Result<(), FormatError> {
+        let start = self.end_min.checked_add(patch.gap).map(|start| start.max(from)).filter(|start| *start < to);
         let start = start.ok_or(FormatError::Syntax { field: "offset of patch", offset: self.end_min })?;
         if patch.string as usize >= STRINGS_MAX {
             let (value, max) = (patch.string.into(), STRINGS_MAX as u64 - 1);
@@ -165,7 +166,8 @@ impl Tree {
         if size > NAR_SIZE_MAX {
             return Err(self.limit("size of file", size, NAR_SIZE_MAX));
         }
-        self.next = Next::File(OpenFile { size, offset: 0, first: None, patches: PatchPlaces::default() });
+        let patches = PatchPlaces::default();
+        self.next = Next::File(OpenFile { size, chunk_at: 0, offset: 0, first: None, patches });
         Ok(())
     }
 
@@ -188,6 +190,7 @@ impl Tree {
         if length == 0 || length > file.size - file.offset || (file.size <= FILE_ID_INLINE_MAX && !whole) {
             return Err(error);
         }
+        file.chunk_at = file.offset;
         file.offset += length;
         file.first.get_or_insert(id);
         Ok(())
@@ -197,7 +200,7 @@ impl Tree {
     pub(super) fn patch(&mut self, patch: &Patch) -> Result<(), FormatError> {
         let error = self.invalid("patch outside of a file");
         let Next::File(file) = &mut self.next else { return Err(error) };
-        file.patches.next(patch, file.offset)
+        file.patches.next(patch, file.chunk_at, file.offset)
     }
 
     /// The id of the open file where it follows from the chunks, none where it has to be given.

@@ -2,14 +2,13 @@
 
 use super::column::{Column, Columns};
 use super::header::{ManifestHeader, PARTS_MAX, PartRef};
-use super::shape;
+use super::{part_max, shape};
 use super::tree::{PatchPlaces, Tree, check_target};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, ManifestId, PartId};
 use crate::lake::chunker::ChunkerVersion;
 use crate::lake::scrub::{Patch, ScrubVersion};
 use crate::lake::wire::put_varint;
-use crate::limits::PART_MAX;
 
 /// A complete part.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -123,7 +122,7 @@ impl ManifestWriter {
         self.node(shape::SYMLINK);
         let mut places = PatchPlaces::default();
         for patch in patches {
-            places.next(patch, length)?;
+            places.next(patch, 0, length)?;
             self.put_patch(*patch);
         }
         self.item.column(Column::Target).extend_from_slice(target);
@@ -228,7 +227,7 @@ impl ManifestWriter {
 
     /// Puts the item into the part, or into the next one where the part has no room.
     fn commit(&mut self) -> Result<(), FormatError> {
-        if self.part.lengths().plus(self.item.lengths()).part_len() > PART_MAX {
+        if self.part.lengths().plus(self.item.lengths()).part_len() > part_max(self.list.len()) {
             self.close_part()?;
         }
         self.part.append(&mut self.item);
@@ -239,9 +238,9 @@ impl ManifestWriter {
     fn close_part(&mut self) -> Result<(), FormatError> {
         assert!(!self.part.is_empty(), "no item is longer than a part");
         let bytes = self.part.take_part();
-        assert!(bytes.len() <= PART_MAX, "length of a part");
+        assert!(bytes.len() <= part_max(self.list.len()), "length of a part");
         let (id, entries) = (PartId::of(&bytes), std::mem::take(&mut self.part_entries));
-        let length = u32::try_from(bytes.len()).expect("PART_MAX fits");
+        let length = u32::try_from(bytes.len()).expect("parts are small");
         if self.list.len() == PARTS_MAX {
             let (value, max) = (PARTS_MAX as u64 + 1, PARTS_MAX as u64);
             return Err(FormatError::Limit { field: "number of parts", value, max, offset: self.tree.entries });

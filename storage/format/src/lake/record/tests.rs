@@ -28,7 +28,7 @@ fn example(table: &StringTable) -> PathRecord {
 }
 
 fn long_table() -> StringTable {
-    let strings: Vec<String> = (0..50).map(|n| format!("{STRING}-{n}")).collect();
+    let strings: Vec<String> = (0..100).map(|n| format!("{STRING}-{n}")).collect();
     table(&strings.iter().map(String::as_str).collect::<Vec<_>>())
 }
 

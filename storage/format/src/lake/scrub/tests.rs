@@ -309,14 +309,19 @@ fn content_ids() {
     assert_eq!(list.content_id(&file), hasher.finish());
 }
 
+/// Store directories: the usual one, and those that could be confused with a hash or a name.
+const DIRS: &[&str] = &["/nix/store", "/0123456789abcdfghijklmnpqrsvwxyz", "/0", "/n"];
+
 /// Pieces that files are made of, so that most of what matters happens within a few hundred bytes.
 fn piece() -> impl Strategy<Value = Vec<u8>> {
     const HASHES: &[&str] = &[HASH, OTHER, "0000000000000000000000000000000z", "123456789abcdfghijklmnpqrsvwxyz0"];
     prop_oneof![
         4 => Just(b"/nix/store/".to_vec()),
+        1 => Just(format!("/{HASH}/").into_bytes()),
         4 => prop::sample::select(HASHES).prop_map(|hash| hash.as_bytes().to_vec()),
         1 => (1..32_usize).prop_map(|n| HASH.as_bytes()[..n].to_vec()),
         1 => (1..11_usize).prop_map(|n| b"/nix/store/"[..n].to_vec()),
+        1 => prop_oneof![Just(b"/0/".to_vec()), Just(b"/n/".to_vec())],
         3 => Just(b"-".to_vec()),
         3 => "[a-z0-9.+_?=-]{1,12}".prop_map(String::into_bytes),
         1 => (200..220_usize).prop_map(|n| vec![b'n'; n]),
@@ -338,8 +343,9 @@ proptest! {
         files in prop::collection::vec(file(), 1..4),
         cuts in prop::collection::btree_set(0..2000_usize, 0..8),
         chunk_length in 1..300_usize,
+        dir in prop::sample::select(DIRS),
     ) {
-        let dir = StoreDir::default();
+        let dir: StoreDir = dir.parse().expect("a store directory");
         let files: Vec<&[u8]> = files.iter().map(Vec::as_slice).collect();
         let cuts: Vec<usize> = cuts.into_iter().collect();
         let expected = naive(&dir, &files);
@@ -351,8 +357,8 @@ proptest! {
     }
 
     #[test]
-    fn byte_by_byte(file in file()) {
-        let dir = StoreDir::default();
+    fn byte_by_byte(file in file(), dir in prop::sample::select(DIRS)) {
+        let dir: StoreDir = dir.parse().expect("a store directory");
         let cuts: Vec<usize> = (0..file.len()).collect();
         prop_assert_eq!(scrub(&dir, &[&file], &cuts), naive(&dir, &[&file]));
     }

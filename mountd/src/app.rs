@@ -1,0 +1,258 @@
+//! The daemon: its parts put together in the order in which they need each other, and taken down in reverse.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use narlake_format::nix::signature::PublicKey;
+use narlake_format::nix::store_path::StoreDir;
+use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::cache::{Cache, CacheSettings};
+use crate::config::Config;
+use crate::control::{Control, Identity};
+use crate::fs::nodes::NodeTable;
+use crate::fs::{LazyStore, StoreSettings};
+use crate::fuse::Shim;
+use crate::fuse::mount;
+use crate::fuse::session::Serving;
+use crate::metrics::Metrics;
+use crate::nix_socket::{NixSocket, listen};
+use crate::notify::notify;
+use crate::overlay::{Overlays, Own};
+use crate::remote::{Remote, RemoteSettings};
+use crate::shutdown::StopSignals;
+use crate::trust::TrustedKeys;
+use crate::view::{RecordSource, View, ViewSettings};
+use crate::{error, metrics_page};
+
+/// Longest time for an orderly stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where content and records come from, and who must have signed them.
+pub struct Sources {
+    /// Packs.
+    pub blobs: Arc<dyn BlobSource>,
+    /// Path records.
+    pub records: Arc<dyn RecordSource>,
+    /// Trusted keys, and the store they are for.
+    pub keys: TrustedKeys,
+    /// Names of the trusted keys.
+    pub key_names: Vec<String>,
+}
+
+/// A daemon that serves its view.
+pub struct Daemon {
+    serving: Serving,
+    store: LazyStore,
+    view: View,
+    overlays: Arc<Overlays>,
+    cache: Arc<Cache>,
+    fetcher: Fetcher,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// When it cannot be started, or not be stopped in order.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let mut signals = StopSignals::new().context("take over signals")?;
+    let metrics = Metrics::new();
+    let sources = connect(&config, &metrics).await?;
+    let daemon = Daemon::start(&config, sources, &metrics).await?;
+    notify("READY=1").context("tell the service manager")?;
+    let mut ended = daemon.serving.ended();
+    tokio::select! {
+        signal = signals.next() => tracing::info!(signal, "stopping"),
+        _ = ended.wait_for(|ended| *ended) => tracing::error!("the mount was taken away"),
+    }
+    let _ = notify("STOPPING=1");
+    match tokio::time::timeout(STOP_TIMEOUT, daemon.stop()).await {
+        Ok(stopped) => stopped,
+        Err(_) => bail!("no orderly stop within {} s", STOP_TIMEOUT.as_secs()),
+    }
+}
+
+/// Finds out what the server serves and whom to believe. A server that does not answer is no reason not to start,
+/// unless it is the one to say which key to trust.
+async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> {
+    let settings =
+        RemoteSettings { server: config.server.clone(), token: config.token.clone(), deadline: config.deadline };
+    let default_dir = StoreDir::default();
+    let remote = Remote::new(settings, default_dir.clone(), metrics).context("start the HTTP client")?;
+    let must_ask = config.trusted_keys.is_empty();
+    if must_ask && !config.server_is_local() {
+        bail!(
+            "no --trusted-key is given, and {} is not on this host: whoever answers there could say anything. \
+             The server prints its public key when it starts, and serves it at /api/v1/info",
+            config.server
+        );
+    }
+    let info = match remote.info().await {
+        Ok(info) => Some(info),
+        Err(error) if must_ask => {
+            return Err(error).with_context(|| format!("ask {} for its public keys", config.server));
+        }
+        Err(error) => {
+            tracing::warn!(server = %config.server, error = error::chain(&error), "server does not answer, going on");
+            None
+        }
+    };
+    let store_dir = info.as_ref().map_or(default_dir, |info| info.store_dir.clone());
+    let mut keys: Vec<PublicKey> = config.trusted_keys.clone();
+    if let Some(info) = info.filter(|_| must_ask) {
+        keys = info.public_keys;
+        let names = names_of(&keys);
+        tracing::warn!(keys = ?names, "trusting the keys that the server on this host names; give --trusted-key to fix them");
+    }
+    if keys.is_empty() {
+        bail!("the server has no signing key, so that nothing it sends can be checked");
+    }
+    let key_names = names_of(&keys);
+    let remote = Arc::new(remote.with_store_dir(store_dir.clone()));
+    let (blobs, records): (Arc<dyn BlobSource>, Arc<dyn RecordSource>) = (remote.clone(), remote);
+    Ok(Sources { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names })
+}
+
+fn names_of(keys: &[PublicKey]) -> Vec<String> {
+    keys.iter().map(|key| key.name().to_owned()).collect()
+}
+
+impl Daemon {
+    /// Starts the daemon: opens the cache, mounts the view, listens. Must run on a multi-threaded runtime.
+    ///
+    /// # Errors
+    /// Says which part does not start, and why. What was started is taken down again.
+    pub async fn start(config: &Config, sources: Sources, metrics: &Metrics) -> anyhow::Result<Self> {
+        let Sources { blobs, records, keys, key_names } = sources;
+        let mount = blocking({
+            let mount = config.mount.clone();
+            move || mount::prepare(&mount)
+        })
+        .await??;
+        let own = Own {
+            lower: mount.clone(),
+            store_dir: keys.store_dir().to_string(),
+            nix_socket: config.nix_socket.clone(),
+            directories: vec![config.cache_dir.clone()],
+            files: own_files(config)?,
+        };
+        let (cache, nodes) = blocking({
+            let (dir, metrics, own) = (config.cache_dir.clone(), metrics.clone(), own.clone());
+            let settings = CacheSettings { bytes_max: config.cache_bytes };
+            move || -> anyhow::Result<_> {
+                let cache = Cache::open(&dir, settings, &metrics)?;
+                Overlays::check_own(&own)?;
+                let nodes = NodeTable::open(&dir.join("nodes"), cache.booted_since())?;
+                metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
+                Ok((Arc::new(cache), Arc::new(nodes)))
+            }
+        })
+        .await??;
+        let overlays = Arc::new(Overlays::new(own, metrics));
+        let fetch = FetchSettings {
+            deadline: config.deadline,
+            frame_cache_bytes: config.frame_bytes,
+            ..FetchSettings::default()
+        };
+        let fetcher = Fetcher::new(blobs, fetch);
+        let settings = ViewSettings { deadline: config.deadline, on_outage: config.on_outage };
+        let view = View::new(records, keys, (Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
+        let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };
+        let store =
+            LazyStore::new(view.clone(), Arc::clone(&nodes), &fetcher, Arc::clone(&cache), settings, metrics);
+        // Sockets before the mount: what fails now leaves nothing mounted.
+        let nix_listener = listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
+        let control_listener = listen(&config.control).with_context(|| at("listen on", &config.control))?;
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        if let Some(address) = config.metrics_listen {
+            let page = metrics_page::serve(address, metrics.clone(), stop.clone()).await;
+            tasks.spawn(page.with_context(|| format!("serve metrics on {address}"))?);
+        }
+        let serving = blocking({
+            let shim = Shim::new(store.clone(), Handle::current(), metrics);
+            let mount = mount.clone();
+            move || Serving::start(&mount, shim)
+        })
+        .await??;
+        tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
+        let identity = Identity {
+            mount: serving.dir().to_owned(),
+            server: config.server.to_string(),
+            trusted_keys: key_names,
+            nix_socket: config.nix_socket.clone(),
+        };
+        let control = Control {
+            identity: Arc::new(identity),
+            view: view.clone(),
+            overlays: Arc::clone(&overlays),
+            cache: Arc::clone(&cache),
+            nodes,
+            fetcher: fetcher.clone(),
+            deadline: config.deadline,
+            metrics: metrics.clone(),
+        };
+        tasks.spawn(control.serve(control_listener, stop.clone()));
+        tasks.close();
+        tracing::info!(mount = %serving.dir().display(), server = %config.server, "serving");
+        Ok(Self { serving, store, view, overlays, cache, fetcher, stop, tasks })
+    }
+
+    /// Stops: no further requests, overlays and mount gone, the cache left in order.
+    ///
+    /// # Errors
+    /// When the mount cannot be taken away.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        self.tasks.wait().await;
+        let (overlays, serving, cache) = (self.overlays, self.serving, self.cache);
+        blocking(move || {
+            overlays.down_all();
+            let stopped = serving.stop();
+            cache.close();
+            stopped
+        })
+        .await??;
+        Ok(())
+    }
+
+    /// The file system.
+    #[must_use]
+    pub const fn store(&self) -> &LazyStore {
+        &self.store
+    }
+
+    /// The view.
+    #[must_use]
+    pub const fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// The fetch engine.
+    #[must_use]
+    pub const fn fetcher(&self) -> &Fetcher {
+        &self.fetcher
+    }
+}
+
+/// What must not lie in the daemon's own mount.
+fn own_files(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = vec![std::env::current_exe().context("find this executable")?];
+    files.extend(config.file.clone());
+    Ok(files)
+}
+
+fn at(operation: &str, path: &std::path::Path) -> String {
+    format!("{operation} {}", path.display())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("run a start-up step")
+}

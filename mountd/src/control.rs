@@ -1,0 +1,248 @@
+//! The control socket: what the `narlake` command asks of this daemon, one JSON document a line.
+//!
+//! [`narlake_format::api::control`] has the messages. `status` is answered out of memory, so that it works when disk
+//! and network do not. Only root reaches the socket.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, LINE_MAX, MountStatus};
+use narlake_format::nix::store_path::StorePath;
+use narlake_storage::fetch::Fetcher;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::cache::Cache;
+use crate::fs::nodes::NodeTable;
+use crate::metrics::Metrics;
+use crate::overlay::{OverlayError, Overlays};
+use crate::view::{View, ViewError};
+
+/// Connections at once; further ones are closed.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Longest time that `ensure` may be asked to try.
+const ENSURE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// What the daemon says of itself in a status, and does not change.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Where the view is mounted.
+    pub mount: PathBuf,
+    /// The server.
+    pub server: String,
+    /// Names of the trusted keys.
+    pub trusted_keys: Vec<String>,
+    /// The Nix socket.
+    pub nix_socket: PathBuf,
+}
+
+/// Serves the control socket.
+#[derive(Clone)]
+pub struct Control {
+    /// What it says of itself.
+    pub identity: Arc<Identity>,
+    /// The view.
+    pub view: View,
+    /// Its overlays.
+    pub overlays: Arc<Overlays>,
+    /// The cache.
+    pub cache: Arc<Cache>,
+    /// The node table.
+    pub nodes: Arc<NodeTable>,
+    /// The fetch engine.
+    pub fetcher: Fetcher,
+    /// Time limit where a request names none.
+    pub deadline: Duration,
+    /// The metrics.
+    pub metrics: Metrics,
+}
+
+impl Control {
+    /// Accepts connections until told to stop. Requests under way are finished: half an overlay helps nobody.
+    pub async fn serve(self, listener: UnixListener, stop: CancellationToken) {
+        let tracker = TaskTracker::new();
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => break,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok(_) if tracker.len() >= CONNECTIONS_MAX => {
+                    tracing::warn!("too many connections to the control socket");
+                }
+                Ok((stream, _)) => {
+                    let (control, stop) = (self.clone(), stop.clone());
+                    tracker.spawn(async move {
+                        if let Err(error) = control.converse(stream, &stop).await {
+                            tracing::debug!(%error, "connection to the control socket ended");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept a connection on the control socket");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        tracker.close();
+        tracker.wait().await;
+    }
+
+    async fn converse(&self, stream: UnixStream, stop: &CancellationToken) -> std::io::Result<()> {
+        let (read, mut write) = stream.into_split();
+        let mut read = BufReader::new(read);
+        loop {
+            let mut line = Vec::new();
+            let mut bounded = (&mut read).take(LINE_MAX as u64 + 1);
+            let length = tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                length = bounded.read_until(b'\n', &mut line) => length?,
+            };
+            if length == 0 {
+                return Ok(());
+            }
+            let is_whole = length <= LINE_MAX;
+            let response = if is_whole { self.answer(&line).await } else { invalid("the line is too long") };
+            let mut text = serde_json::to_vec(&response)?;
+            text.push(b'\n');
+            write.write_all(&text).await?;
+            if !is_whole {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn answer(&self, line: &[u8]) -> ControlResponse {
+        let request: ControlRequest = match serde_json::from_slice(line) {
+            Ok(request) => request,
+            Err(error) => return invalid(&format!("malformed request: {error}")),
+        };
+        self.carry_out(request).await.unwrap_or_else(|error| {
+            let message = crate::error::chain(&error);
+            tracing::warn!(error = message, "control request failed");
+            ControlResponse::Error { kind: error.kind(), message }
+        })
+    }
+
+    async fn carry_out(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+        match request {
+            ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status()))),
+            ControlRequest::OverlayUp { upper, work, merged } => {
+                self.to_the_end(async |overlays| overlays.up(upper, work, merged).await.map(ControlResponse::Overlay)).await
+            }
+            ControlRequest::OverlayAdopt { merged } => {
+                self.to_the_end(async |overlays| overlays.adopt(merged).await.map(ControlResponse::Overlay)).await
+            }
+            ControlRequest::OverlayDown { merged, lazy } => {
+                self.to_the_end(async |overlays| overlays.down(merged, lazy).await.map(|()| ControlResponse::Done)).await
+            }
+            ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.overlays.list() }),
+            ControlRequest::Ensure { paths, timeout_s } => self.ensure(&paths, timeout_s).await,
+            ControlRequest::Refresh { merged } => {
+                if let Some(merged) = merged
+                    && !self.overlays.list().iter().any(|overlay| overlay.merged == merged)
+                {
+                    return Err(OverlayError::Unknown { path: merged }.into());
+                }
+                // All of them: refreshes are shared, and one more costs milliseconds.
+                self.view.refresh().await?;
+                Ok(ControlResponse::Done)
+            }
+            ControlRequest::Evict { keep_bytes } => {
+                let cache = Arc::clone(&self.cache);
+                let bytes = tokio::task::spawn_blocking(move || cache.shrink_to(keep_bytes)).await;
+                Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) })
+            }
+        }
+    }
+
+    /// Runs what must not stop half-way, although its client may leave.
+    async fn to_the_end<F>(&self, work: F) -> Result<ControlResponse, ControlError>
+    where
+        F: AsyncFnOnce(Arc<Overlays>) -> Result<ControlResponse, OverlayError>,
+    {
+        // Nothing here is cancelled by a client that leaves: a connection's task runs until its request is done.
+        Ok(work(Arc::clone(&self.overlays)).await?)
+    }
+
+    async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
+        let timer = self.metrics.ensure_seconds.start_timer();
+        let dir = self.view.store_dir();
+        let parse = |path: &String| {
+            let parsed = if path.starts_with('/') { StorePath::parse_absolute(dir, path) } else { path.parse() };
+            parsed.map_err(|_| ControlError::Path { path: path.clone(), dir: dir.to_string() })
+        };
+        let paths: Vec<StorePath> = paths.iter().map(parse).collect::<Result<_, _>>()?;
+        let limit = timeout_s.map_or(self.deadline, Duration::from_secs).min(ENSURE_MAX);
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let ensured = tokio::time::timeout(limit, self.view.ensure(&paths)).await;
+        let closures = ensured.unwrap_or(Err(ViewError::Deadline { limit_ms }))?;
+        timer.observe_duration();
+        Ok(ControlResponse::Ensured {
+            paths: closures.records.len() as u64,
+            nar_bytes: closures.nar_bytes(),
+            missing: closures.missing,
+        })
+    }
+
+    fn status(&self) -> MountStatus {
+        let (cache_bytes, cache_bytes_max) = self.cache.usage();
+        let fetched = self.fetcher.stats();
+        MountStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            mount: self.identity.mount.clone(),
+            store_dir: self.view.store_dir().to_string(),
+            server: self.identity.server.clone(),
+            server_up: self.metrics.server_up.get() > 0.0,
+            trusted_keys: self.identity.trusted_keys.clone(),
+            nix_socket: self.identity.nix_socket.clone(),
+            cache_dir: self.cache.dir().to_owned(),
+            cache_bytes,
+            cache_bytes_max,
+            cache_files: self.cache.len() as u64,
+            paths_known: self.view.known_len() as u64,
+            objects: self.nodes.len() as u64,
+            negative_names: self.view.negative_len() as u64,
+            fetch_requests: fetched.requests,
+            fetch_bytes: fetched.bytes,
+            fuse_requests: self.metrics.fuse_request_counts(),
+            overlays: self.overlays.list(),
+        }
+    }
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+enum ControlError {
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    #[error(transparent)]
+    View(#[from] ViewError),
+    #[error("{path} is not a store path of {dir}")]
+    Path { path: String, dir: String },
+}
+
+impl ControlError {
+    fn kind(&self) -> ControlErrorKind {
+        match self {
+            Self::Path { .. } => ControlErrorKind::Invalid,
+            Self::View(ViewError::Overlay(error)) | Self::Overlay(error) => match error {
+                OverlayError::Refused { .. } => ControlErrorKind::Invalid,
+                OverlayError::Unknown { .. } => ControlErrorKind::NotFound,
+                OverlayError::Busy { .. } => ControlErrorKind::Busy,
+                OverlayError::Kernel { .. } => ControlErrorKind::Failed,
+            },
+            Self::View(error) if error.is_outage() => ControlErrorKind::Unavailable,
+            Self::View(_) => ControlErrorKind::Failed,
+        }
+    }
+}
+
+fn invalid(message: &str) -> ControlResponse {
+    ControlResponse::Error { kind: ControlErrorKind::Invalid, message: message.into() }
+}

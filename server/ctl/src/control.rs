@@ -1,0 +1,118 @@
+//! The worker's mountd, over its control socket: a line of JSON there, a line of JSON back.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, LINE_MAX};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+
+use crate::output::printable;
+
+/// Why mountd did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Nobody could be reached.
+    #[error("connect to narlake-mountd at {}", .socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The conversation broke off.
+    #[error("talk to narlake-mountd at {}", .socket.display())]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It said nothing for too long.
+    #[error("narlake-mountd at {} gave no answer for {seconds} s", .socket.display())]
+    Deadline {
+        /// The socket.
+        socket: PathBuf,
+        /// How long.
+        seconds: u64,
+    },
+    /// What came is not an answer.
+    #[error("read the answer of narlake-mountd")]
+    Answer {
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The answer is one to another question.
+    #[error("narlake-mountd answered another question")]
+    Mismatch,
+    /// It said no.
+    #[error("{message}")]
+    Refused {
+        /// Why, for a program.
+        kind: ControlErrorKind,
+        /// Why, for people.
+        message: String,
+    },
+}
+
+impl ControlError {
+    /// What the user can do about it.
+    #[must_use]
+    pub fn advice(&self) -> Option<String> {
+        let advice = match self {
+            Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "mountd's socket is for root; run this as root"
+            }
+            Self::Connect { .. } => "is narlake-mountd running? give its socket with --control or NARLAKE_CONTROL",
+            Self::Answer { .. } | Self::Mismatch => "are narlake and narlake-mountd of the same version?",
+            Self::Refused { kind: ControlErrorKind::Unavailable, .. } => {
+                "it may work later; `narlake status` shows whether the worker reaches its server"
+            }
+            Self::Broken { .. } | Self::Deadline { .. } | Self::Refused { .. } => return None,
+        };
+        Some(advice.to_owned())
+    }
+
+    /// Whether nobody listens at the socket.
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Connect { .. })
+    }
+}
+
+/// Asks one question. An answer that is an error becomes one here.
+///
+/// Not cancel safe: what was asked for may or may not be done.
+///
+/// # Errors
+/// When mountd cannot be reached, does not answer in time, or refuses.
+pub async fn ask(socket: &Path, request: &ControlRequest, limit: Duration) -> Result<ControlResponse, ControlError> {
+    let late = |_| ControlError::Deadline { socket: socket.to_owned(), seconds: limit.as_secs() };
+    match tokio::time::timeout(limit, converse(socket, request)).await.map_err(late)?? {
+        ControlResponse::Error { kind, message } => {
+            Err(ControlError::Refused { kind, message: printable(message.as_bytes()) })
+        }
+        response => Ok(response),
+    }
+}
+
+async fn converse(socket: &Path, request: &ControlRequest) -> Result<ControlResponse, ControlError> {
+    let connect = |source| ControlError::Connect { socket: socket.to_owned(), source };
+    let broken = |source| ControlError::Broken { socket: socket.to_owned(), source };
+    let mut line = serde_json::to_vec(request).map_err(|source| ControlError::Answer { source })?;
+    line.push(b'\n');
+    let mut stream = UnixStream::connect(socket).await.map_err(connect)?;
+    stream.write_all(&line).await.map_err(broken)?;
+    let mut answer = Vec::new();
+    let mut reader = BufReader::new(stream).take(LINE_MAX as u64 + 1);
+    reader.read_until(b'\n', &mut answer).await.map_err(broken)?;
+    if answer.last() != Some(&b'\n') {
+        let kind = if answer.len() > LINE_MAX { io::ErrorKind::InvalidData } else { io::ErrorKind::UnexpectedEof };
+        return Err(broken(kind.into()));
+    }
+    serde_json::from_slice(&answer).map_err(|source| ControlError::Answer { source })
+}
