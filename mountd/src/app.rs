@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use narlake_format::nix::signature::PublicKey;
 use narlake_format::nix::store_path::StoreDir;
+use narlake_storage::ErrorKind;
 use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::fuse::Shim;
 use crate::fuse::mount;
 use crate::fuse::session::Serving;
 use crate::metrics::Metrics;
+use crate::metrics_page;
 use crate::nix_socket::{NixSocket, listen};
 use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
@@ -28,10 +30,12 @@ use crate::remote::{Remote, RemoteSettings};
 use crate::shutdown::StopSignals;
 use crate::trust::TrustedKeys;
 use crate::view::{RecordSource, View, ViewSettings};
-use crate::{error, metrics_page};
 
 /// Longest time for an orderly stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a start waits for a server that it could do without.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Where content and records come from, and who must have signed them.
 pub struct Sources {
@@ -94,14 +98,19 @@ async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> 
             config.server
         );
     }
-    let info = match remote.info().await {
-        Ok(info) => Some(info),
-        Err(error) if must_ask => {
-            return Err(error).with_context(|| format!("ask {} for its public keys", config.server));
-        }
-        Err(error) => {
-            tracing::warn!(server = %config.server, error = error::chain(&error), "server does not answer, going on");
-            None
+    let info = if must_ask {
+        Some(remote.info().await.with_context(|| format!("ask {} for its public keys", config.server))?)
+    } else {
+        match tokio::time::timeout(GREETING_TIMEOUT, remote.info()).await {
+            Ok(Ok(info)) => Some(info),
+            Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => {
+                return Err(error).with_context(|| format!("ask {} what it serves", config.server));
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(server = %config.server, "server does not answer, going on; reads wait for it");
+                metrics.server_up.set(0.0);
+                None
+            }
         }
     };
     let store_dir = info.as_ref().map_or(default_dir, |info| info.store_dir.clone());
@@ -227,6 +236,12 @@ impl Daemon {
     #[must_use]
     pub const fn store(&self) -> &LazyStore {
         &self.store
+    }
+
+    /// The overlays.
+    #[must_use]
+    pub const fn overlays(&self) -> &Arc<Overlays> {
+        &self.overlays
     }
 
     /// The view.

@@ -456,15 +456,17 @@ class Mountd:
 
     def overlay(self, name="overlay"):
         """A writable overlay over the view."""
-        merged, upper, work = (self.rig.path(f"{name}/{part}") for part in ("merged", "upper", "work"))
+        merged, upper, work = (self.rig.path(f"{name}/{part}") for part in ("root/nix/store", "upper", "work"))
         done = self.narlake("overlay", "up", "--json", "--upper", upper, "--work", work, "--merged", merged)
-        return Overlay(merged, upper, json.loads(done.stdout)["store_uri"])
+        overlay, = json.loads(done.stdout)["overlays"]
+        return Overlay(merged, upper, overlay["store_uri"])
 
     def overlay_nix(self, suite):
         """Nix whose /nix/store is an overlay over the view, with nothing in its database."""
         overlay = self.overlay(f"overlay-{suite}")
-        nix = self.rig.nix(suite, name=f"nix-{overlay.merged.parent.name}", empty=True).bind(overlay.merged, "/nix/store")
-        return nix.configure(f"store = {overlay.store}"), overlay
+        nix = self.rig.nix(suite, name=f"overlay-nix-{suite}", empty=True).bind(overlay.merged, "/nix/store")
+        # Inside it is the store directory itself, and no longer below some root.
+        return nix.configure(f"store = {re.sub('root=[^&]*&', '', overlay.store)}"), overlay
 
     def metric(self, name):
         """The sum of a metric over its labels."""
@@ -480,7 +482,7 @@ class Mountd:
 
 @dataclasses.dataclass
 class Overlay:
-    """Where an overlay is mounted, what takes its changes, and the store URL for Nix."""
+    """Where an overlay is mounted, what takes its changes, and the store URL that Nix is to be given."""
 
     merged: pathlib.Path
     upper: pathlib.Path

@@ -41,6 +41,7 @@ def nix_uses_the_closure(rig, suite):
     equal(nix.run(f"{root}/bin/perl", "-MPOSIX=floor", "-e", "print floor(42.5)").stdout, "42", "what perl prints")
     equal(nix.run(f"{root}/bin/python3", "-c", "import json; print(json.dumps([42]))").stdout, "[42]\n", "what python3 prints")
     nix.run("nix-store", "--verify", "--check-contents", seconds=200)
+    equal(nix.lines("nix", "path-info", "--store", overlay.store, root), [root], "path info by the URL that mountd gives")
     check(not any(name[:32] == path.hash for name in os.listdir(overlay.upper) for path in paths), "a path was copied into the upper")
 
 
@@ -87,7 +88,7 @@ def a_program_runs_on_a_part(rig):
     equal(mountd.fetched_bytes(), before, "bytes fetched by a second run")
 
 
-@test()
+@test(seconds=30)
 def equal_files_are_two(rig):
     """Two equal files of two objects: what is done to one through an overlay does not happen to the other."""
     one, two = (Path(name, nar.nar({"data": SHARED, "own": name.encode(), "run": Executable(SHARED)})) for name in ("one", "two"))
@@ -116,13 +117,13 @@ def equal_files_are_two(rig):
     equal((mountd.mountpoint / one.base / "data").read_bytes(), SHARED, "content in the view")
 
 
-@test()
+@test(seconds=30)
 def what_a_view_shows(rig):
     """Every kind of root, the attributes that Nix wants, an empty listing, and nothing that is not in the lake."""
     tree = {"dir": {"deep": {"file": b"deep"}}, "empty": b"", "large": os.urandom(3 * MIB), "link": Link("dir/deep"), "run": Executable(b"#!")}
-    directory, file = Path("tree", nar.nar(tree)), Path("Cargo.lock", nar.nar(b"a lock file"))
+    directory, file, lock = Path("tree", nar.nar(tree)), Path("file", nar.nar(b"a file")), Path("Cargo.lock", nar.nar(b"a lock file"))
     program, link = Path("program", nar.nar(Executable(b"#!/bin/sh\nexit 7\n"))), Path("link", nar.nar(Link("/nix/store/elsewhere")))
-    _, mountd = small_lake(rig, directory, file, program, link)
+    _, mountd = small_lake(rig, directory, file, lock, program, link)
     view = mountd.mountpoint
     equal(os.listdir(view), [], "listing of the view")
     root = view / directory.base
@@ -130,7 +131,7 @@ def what_a_view_shows(rig):
     equal((root / "large").read_bytes(), tree["large"], "a large file")
     equal((root / "empty").read_bytes(), b"", "an empty file")
     equal((root / "link/file").read_bytes(), b"deep", "a file behind a link")
-    equal((view / file.base).read_bytes(), b"a lock file", "an object that is a file")
+    equal((view / file.base).read_bytes(), b"a file", "an object that is a file")
     equal(os.readlink(view / link.base), "/nix/store/elsewhere", "an object that is a link")
     equal(rig.run(view / program.base, check=False).returncode, 7, "status of an object that is a program")
     for place, mode in ((root, 0o555), (root / "dir", 0o555), (root / "empty", 0o444), (root / "run", 0o555), (view / file.base, 0o444)):
@@ -145,6 +146,10 @@ def what_a_view_shows(rig):
                  f"{directory.base}.lock", f"{directory.base}.chroot", "x" * 255):
         with raises(errno.ENOENT, f"a name that is not there, {name[:60]}"):
             (view / name).lstat()
+    # Nix makes files of such names beside its paths, and looks for them all the time; so nobody is asked about them.
+    check(not (view / lock.base).exists(), "the lake was asked for a name that looks like a lock")
+    mountd.narlake("ensure", f"/nix/store/{lock.base}")
+    equal((view / lock.base).read_bytes(), b"a lock file", "an object whose name looks like a lock, once it is known")
     for what, act in (("write", lambda: (root / "empty").write_bytes(b"x")), ("unlink", lambda: (root / "empty").unlink()),
                       ("mkdir", lambda: (view / "new").mkdir()), ("chmod", lambda: (root / "empty").chmod(0o600))):
         with raises(errno.EROFS, what):
@@ -216,7 +221,7 @@ def readable(file):
     return False
 
 
-@test()
+@test(seconds=30)
 def a_clean_end(rig):
     """SIGTERM unmounts; the next daemon serves from the cache of the last."""
     content = os.urandom(2 * MIB)
@@ -232,7 +237,7 @@ def a_clean_end(rig):
     check(fetched < len(content) // 10, f"{fetched} bytes were fetched again")
 
 
-@test()
+@test(seconds=30)
 def an_unclean_end(rig):
     """After kill -9 the next daemon takes over the place of the mount, and trusts no file of the cache unread."""
     content = os.urandom(2 * MIB)
@@ -252,7 +257,7 @@ def an_unclean_end(rig):
     equal((mountd.mountpoint / path.base / "file").read_bytes(), content, "the file from the next daemon")
 
 
-@test()
+@test(seconds=30)
 def only_trusted_keys(rig):
     """What no trusted key signed is not shown, and is counted."""
     path = Path("object", nar.nar(b"content"))

@@ -1,8 +1,8 @@
 //! Compressing and decompressing streams: uploads in whatever form Nix sends them, downloads in the form asked for.
 //!
-//! The codecs of `async-compression` are state machines over a reader. Here they are given a [`Feed`], which holds one
+//! The codecs of `async-compression` are state machines over a reader. Here they are given a feed, which holds one
 //! buffer and answers "not yet" when that is used up, and are run on the blocking pool, one step at a time: a step takes
-//! what was fed and yields at most [`STEP_BYTES`]. So no codec ever runs on a runtime thread, none holds a blocking
+//! what was fed and yields at most 128 KiB. So no codec ever runs on a runtime thread, none holds a blocking
 //! thread while its client is slow, and none can be made to fill memory: what a few bytes expand to comes out step by
 //! step, against the limits of [`Bounds`], and only as fast as it is taken.
 
@@ -40,7 +40,7 @@ pub type ByteStream = BoxStream<'static, io::Result<Bytes>>;
 pub struct Bounds {
     /// Most bytes.
     pub bytes_max: u64,
-    /// Most bytes for each byte that went in, beyond [`EXPANSION_FREE_BYTES`].
+    /// Most bytes for each byte that went in, beyond the first 64 MiB.
     pub expansion_max: u64,
 }
 
@@ -169,7 +169,7 @@ struct Feed {
     current: Bytes,
 }
 
-/// Where the next buffer is left for a [`Feed`].
+/// Where the next buffer is left for a feed.
 enum Slot {
     Empty,
     Full(Bytes),

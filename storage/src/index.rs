@@ -5,8 +5,9 @@
 //! footers of packs that no segment covers ([`rebuild`]), so nothing but the bucket is needed.
 //!
 //! Invariant: an entry is given out only for a pack that the bucket listed or that was put since. A hit is a promise
-//! that a push may rely on; a miss only costs a duplicate. So a push never hears of a copy in a frame that failed to
-//! verify (docs/consistency.md, rule 7); a reader does, where there is no other: it verifies what it gets.
+//! that a push may rely on; a miss only costs a duplicate. So a push never hears of a copy in a pack of which a frame
+//! failed to verify, since where one has rotted its neighbours are suspect (docs/consistency.md, rule 7). A reader does
+//! where there is no other: it verifies what it gets.
 
 mod map;
 mod rebuild;
@@ -45,8 +46,8 @@ pub(crate) struct Index {
 #[derive(Default)]
 struct Tables {
     packs: HashSet<PackRef>,
-    /// Frames that failed to verify, by pack and offset.
-    damaged: HashSet<(PackRef, u32)>,
+    /// Packs of which frames failed to verify, and the offsets of those.
+    damaged: HashMap<PackRef, HashSet<u32>>,
     domains: HashMap<Domain, Table>,
 }
 
@@ -75,7 +76,7 @@ impl Index {
         Ok(index)
     }
 
-    /// Where a blob is, if this domain has it in a frame that may be relied on.
+    /// Where a blob is, if this domain has it in a pack that may be relied on.
     pub(crate) fn get(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
         self.tables.read().unwrap_or_else(PoisonError::into_inner).sound(domain, id)
     }
@@ -83,7 +84,7 @@ impl Index {
     /// Where blobs are to be read, in order.
     pub(crate) fn get_many(&self, domain: &Domain, ids: &[BlobId]) -> Vec<Option<Location>> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        ids.iter().map(|id| tables.sound(domain, id).or_else(|| tables.copies(domain, id).next())).collect()
+        ids.iter().map(|id| tables.best(domain, id)).collect()
     }
 
     /// Whether the bucket holds a pack, as far as is known here.
@@ -93,7 +94,8 @@ impl Index {
 
     /// Takes note that a frame does not verify. False if that was known.
     pub(crate) fn mark_damaged(&self, pack: &PackRef, frame_offset: u32) -> bool {
-        self.tables.write().unwrap_or_else(PoisonError::into_inner).damaged.insert((*pack, frame_offset))
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        tables.damaged.entry(*pack).or_default().insert(frame_offset)
     }
 
     /// Takes note that the bucket does not hold a pack any more: what it held is a miss from now on.
@@ -114,10 +116,10 @@ impl Index {
             let memtable = &mut domains.entry(pack.domain).or_default().memtable;
             for (id, at) in blobs {
                 // At start packs come in any order: a damaged copy never takes the place of another.
-                if !damaged.contains(&(pack, at.frame_offset)) {
-                    memtable.insert(id, at);
-                } else {
+                if damaged.contains_key(&pack) {
                     memtable.entry(id).or_insert(at);
+                } else {
+                    memtable.insert(id, at);
                 }
             }
         }
@@ -211,6 +213,14 @@ impl Tables {
     }
 
     fn sound(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
-        self.copies(domain, id).find(|at| !self.damaged.contains(&(at.pack, at.frame_offset)))
+        self.copies(domain, id).find(|at| !self.damaged.contains_key(&at.pack))
+    }
+
+    /// The copy to read: one that may be relied on, else one that has not failed yet, else any.
+    fn best(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
+        let failed = |at: &Location| self.damaged.get(&at.pack).is_some_and(|frames| frames.contains(&at.frame_offset));
+        self.sound(domain, id)
+            .or_else(|| self.copies(domain, id).find(|at| !failed(at)))
+            .or_else(|| self.copies(domain, id).next())
     }
 }

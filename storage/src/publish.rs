@@ -132,8 +132,7 @@ impl Publication<'_> {
         let (key, record) = self.lake.records().publish(self.cache, &pushed).await?;
         let hash = &self.info.store_path.hash;
         if !same_content(&record, &pushed) {
-            // Another server was first. This generation would never be served.
-            self.lake.records().withdraw(self.cache, hash, &key).await?;
+            // Another server was first.
             return self.not_reproducible(record);
         }
         match self.check_after_commit(&content.packs).await {
@@ -196,7 +195,7 @@ impl Publication<'_> {
         })
     }
 
-    /// An upload is as good as what it names: content may have been lost since, and its document carries no checksum.
+    /// An upload is as good as what it names: content may have been lost since.
     fn check_upload(&self, content: &Content) -> Result<(), Error> {
         let index = self.lake.index();
         let there = index.get(&self.cache.domain(), &content.manifest.into()).is_some()

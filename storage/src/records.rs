@@ -92,37 +92,43 @@ impl Records {
 
     /// The record of a path as the bucket has it now.
     pub(crate) async fn from_bucket(&self, cache: &Cache, hash: &StorePathHash) -> Result<Option<Arc<PathRecord>>, Error> {
-        let mut oldest: Option<PathRecord> = None;
-        let mut served = None;
+        let generations = self.generations(cache, hash).await?;
+        let mut served: Option<&PathRecord> = None;
+        for (_, record) in &generations {
+            match served {
+                Some(first) if !same_content(first, record) => {}
+                _ => served = Some(record),
+            }
+        }
+        Ok(served.map(|record| self.remember(cache, record.clone())))
+    }
+
+    /// Every generation of a path that can be read, oldest first.
+    ///
+    /// # Errors
+    /// `Corrupt` where there are some and none can be read.
+    async fn generations(&self, cache: &Cache, hash: &StorePathHash) -> Result<Vec<(String, PathRecord)>, Error> {
+        let mut found = Vec::new();
         let mut damaged = None;
         for object in self.bucket.list(&keys::path_generations(&cache.id, hash), None).await? {
             if !matches!(object.key.parse(), Ok(Key::PathRecord(..))) {
                 continue;
             }
-            let record = match self.read_generation(cache, hash, &object.key).await {
-                Ok(record) => record,
+            match self.read_generation(cache, hash, &object.key).await {
+                Ok(record) => found.push((object.key, record)),
                 // Deleted between the listing and the read: it was not the one that counts.
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
                 // The path is what its other generations say; if there are none, a push may write one.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     tracing::error!(key = object.key, error = error.chain(), "path record left out");
                     damaged.get_or_insert(error);
-                    continue;
                 }
                 Err(error) => return Err(error),
-            };
-            match &oldest {
-                Some(first) if !same_content(first, &record) => {}
-                Some(_) => served = Some(record),
-                None => {
-                    oldest = Some(record.clone());
-                    served = Some(record);
-                }
             }
         }
-        match (served, damaged) {
-            (None, Some(error)) => Err(error),
-            (served, _) => Ok(served.map(|record| self.remember(cache, record))),
+        match damaged {
+            Some(error) if found.is_empty() => Err(error),
+            _ => Ok(found),
         }
     }
 
@@ -135,12 +141,19 @@ impl Records {
     /// Writes a record as a new generation, the commit point of a push, and says what the bucket serves now: another
     /// server may have been first with other content.
     ///
+    /// The oldest id fixes the content, and ours may be older than one that was written, and acknowledged, before it. So
+    /// where a younger one differs, ours is taken back; the youngest never is, so the path stays visible.
+    ///
     /// Not cancel safe: a dropped write may still happen, and then the path is visible, whole.
     pub(crate) async fn publish(&self, cache: &Cache, record: &PathRecord) -> Result<(String, Arc<PathRecord>), Error> {
         let generation = GenerationId(self.mint.ulid());
         let hash = record.info().store_path.hash;
         let key = keys::path_record(&cache.id, &hash, &generation);
         self.bucket.put_new(&key, record.to_text(&self.store_dir).into_bytes()).await?;
+        let generations = self.generations(cache, &hash).await?;
+        if generations.iter().any(|(other, theirs)| *other > key && !same_content(theirs, record)) {
+            self.bucket.delete(&key).await?;
+        }
         match self.from_bucket(cache, &hash).await? {
             Some(served) => Ok((key, served)),
             None => Err(Error::Bucket {
@@ -152,7 +165,7 @@ impl Records {
         }
     }
 
-    /// Takes back a record just written, because it is not served or what it relied on went away meanwhile.
+    /// Takes back a record just written, because what it relied on went away meanwhile.
     pub(crate) async fn withdraw(&self, cache: &Cache, hash: &StorePathHash, key: &str) -> Result<(), Error> {
         self.bucket.delete(key).await?;
         self.memory.remove(&(cache.id, *hash));

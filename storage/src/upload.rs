@@ -69,15 +69,22 @@ impl Uploads {
     async fn newest(&self, cache: CacheId, name: &UploadName, age_ms: u64) -> Result<Option<UploadDocument>, Error> {
         let prefix = keys::uploads(&cache, &name.file_hash);
         let oldest_ms = self.mint.now_ms().saturating_sub(age_ms);
+        let mut damaged = None;
         for object in self.bucket.list(&prefix, None).await?.into_iter().rev() {
             if object.modified_ms < oldest_ms {
                 continue;
             }
-            if let Some(bytes) = found(self.bucket.get(&object.key).await)? {
-                return decode_document(&object.key, &bytes).map(Some);
+            let Some(bytes) = found(self.bucket.get(&object.key).await)? else { continue };
+            match decode_document(&object.key, &bytes) {
+                Ok(document) => return Ok(Some(document)),
+                // Another upload of the same bytes is as good.
+                Err(error) => {
+                    tracing::error!(key = object.key, error = error.chain(), "upload left out");
+                    damaged.get_or_insert(error);
+                }
             }
         }
-        Ok(None)
+        damaged.map_or(Ok(None), Err)
     }
 
     /// Remembers which path an upload became.

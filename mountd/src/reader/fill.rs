@@ -62,14 +62,19 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        let mut fell = false;
         let mut state = self.fill.state();
         for chunk in &self.chunks {
             if let Some(chunk) = state.chunks.get_mut(*chunk).filter(|chunk| **chunk == Chunk::Flying) {
                 *chunk = Chunk::Missing;
+                fell = true;
             }
         }
         drop(state);
-        self.fill.changed.notify_waiters();
+        // Only then: a reader that waits has an empty claim, and would wake itself for ever.
+        if fell {
+            self.fill.changed.notify_waiters();
+        }
     }
 }
 

@@ -108,7 +108,7 @@ pub fn dump(root: &Path, sink: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), DumpEr
         sink,
     };
     let name = CString::new(root.as_os_str().as_bytes())
-        .map_err(|_| dumper.failed("open")(io::ErrorKind::InvalidInput.into()))?;
+        .map_err(|_| dumper.failed("open", io::ErrorKind::InvalidInput.into()))?;
     dumper.node(CWD, &name)?;
     dumper.writer.finish().map_err(|source| dumper.refused(source))?;
     let nar_size = dumper.writer.offset();
@@ -162,12 +162,12 @@ struct Dumper<'a> {
 
 impl Dumper<'_> {
     fn node(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<(), DumpError> {
-        let stat = rustix::fs::statat(parent, name.as_c_str(), AtFlags::SYMLINK_NOFOLLOW).map_err(|e| self.system("stat")(e))?;
+        let stat = rustix::fs::statat(parent, name.as_c_str(), AtFlags::SYMLINK_NOFOLLOW).map_err(|error| self.system("stat", error))?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => self.directory(parent, name),
             FileType::RegularFile => self.file(parent, name),
             FileType::Symlink => {
-                let target = rustix::fs::readlinkat(parent, name.as_c_str(), Vec::new()).map_err(|e| self.system("read link")(e))?;
+                let target = rustix::fs::readlinkat(parent, name.as_c_str(), Vec::new()).map_err(|error| self.system("read link", error))?;
                 self.event(Event::Symlink { target: target.as_bytes() })
             }
             kind => Err(DumpError::Kind { path: self.path.clone(), kind: kind_name(kind) }),
@@ -179,8 +179,8 @@ impl Dumper<'_> {
         let before = self.stat(&directory)?;
         self.event(Event::Directory)?;
         let mut names = Vec::new();
-        for entry in Dir::read_from(&directory).map_err(|e| self.system("list")(e))? {
-            let entry = entry.map_err(|e| self.system("list")(e))?;
+        for entry in Dir::read_from(&directory).map_err(|error| self.system("list", error))? {
+            let entry = entry.map_err(|error| self.system("list", error))?;
             let name = entry.file_name();
             if !matches!(name.to_bytes(), b"." | b"..") {
                 names.push(name.to_owned());
@@ -221,7 +221,7 @@ impl Dumper<'_> {
                     self.out.truncate(start);
                     continue;
                 }
-                Err(error) => return Err(self.system("read")(error)),
+                Err(error) => return Err(self.system("read", error)),
             };
             self.out.truncate(start + read);
             if read == 0 {
@@ -232,7 +232,7 @@ impl Dumper<'_> {
         }
         self.event(Event::EndFile)?;
         // More than its size said, as of a file that grows, or one of /proc.
-        if rustix::io::read(&file, &mut [0]).map_err(|e| self.system("read")(e))? > 0 {
+        if rustix::io::read(&file, &mut [0]).map_err(|error| self.system("read", error))? > 0 {
             return Err(self.changed());
         }
         self.unchanged(&file, &before)
@@ -243,12 +243,12 @@ impl Dumper<'_> {
         rustix::fs::openat(parent, name.as_c_str(), flags, Mode::empty()).map_err(|error| match error {
             // A link, or no directory, where there was something else a moment ago.
             Errno::LOOP | Errno::NOTDIR => self.changed(),
-            error => self.system("open")(error),
+            error => self.system("open", error),
         })
     }
 
     fn stat(&self, file: &OwnedFd) -> Result<Stat, DumpError> {
-        rustix::fs::fstat(file).map_err(|e| self.system("stat")(e))
+        rustix::fs::fstat(file).map_err(|error| self.system("stat", error))
     }
 
     /// Invariant: only what content depends on is compared. Nix's optimiser may link a file elsewhere meanwhile, which
@@ -283,15 +283,15 @@ impl Dumper<'_> {
         DumpError::Nar { path: self.path.clone(), source }
     }
 
-    fn failed(&self, operation: &'static str) -> impl Fn(io::Error) -> DumpError + use<'_> {
-        move |source| DumpError::Io { operation, path: self.path.clone(), source }
+    fn failed(&self, operation: &'static str, source: io::Error) -> DumpError {
+        DumpError::Io { operation, path: self.path.clone(), source }
     }
 
-    fn system(&self, operation: &'static str) -> impl Fn(Errno) -> DumpError + use<'_> {
-        move |error| match error {
+    fn system(&self, operation: &'static str, error: Errno) -> DumpError {
+        match error {
             // It was listed a moment ago; only the root can be missing for another reason.
             Errno::NOENT if self.writer.offset() > 0 => self.changed(),
-            error => self.failed(operation)(error.into()),
+            error => self.failed(operation, error.into()),
         }
     }
 }

@@ -32,7 +32,7 @@ impl Place {
     pub fn parse(text: &OsStr) -> Result<Self, PlaceError> {
         let text = text.as_bytes();
         let absolute = text.first() == Some(&b'/');
-        let mut names = text.split(|byte| *byte == b'/').filter(|name| !matches!(name, b"" | b"."));
+        let mut names = text.split(|byte| *byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
         let (mut dir, mut path) = (String::new(), None);
         // The store directory is not known here: it is what stands before the first name of a store path.
         for name in names.by_ref() {

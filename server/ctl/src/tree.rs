@@ -173,7 +173,7 @@ impl<'a> Walk<'a> {
                 }
                 stack.pop();
                 let relative = self.relative(target, &at, &mut stack)?;
-                for name in relative.split(|byte| *byte == b'/').rev().filter(|name| !matches!(name, b"" | b".")) {
+                for name in relative.split(|byte| *byte == b'/').rev().filter(|name| !matches!(*name, b"" | b".")) {
                     names.push_front(name.to_vec());
                 }
             }

@@ -1,3 +1,5 @@
+//! Every compression there and back, and everything that is none.
+
 use futures::TryStreamExt as _;
 
 use super::*;

@@ -1,9 +1,9 @@
 //! Every byte layout and wire type of narlake; pure, no I/O.
 
+pub mod api;
 pub mod error;
 pub mod id;
-pub mod limits;
 pub mod lake;
+pub mod limits;
 pub mod nar;
 pub mod nix;
-pub mod api;

@@ -12,8 +12,10 @@ pub enum Fault {
     Before,
     /// It is carried out, and the answer is lost: an ambiguous put or delete.
     After,
-    /// The answer takes longer than an attempt may.
+    /// The request arrives late.
     Slow,
+    /// It is carried out, and the answer takes longer than an attempt may.
+    Stuck,
     /// A body ends early and nobody says so.
     Truncated,
     /// One bit of a body is another.
@@ -28,10 +30,11 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Before,
         Self::After,
         Self::Slow,
+        Self::Stuck,
         Self::Truncated,
         Self::Flipped,
         Self::Reset,
@@ -40,8 +43,8 @@ impl Fault {
     ];
 
     /// Those that a server lives through.
-    const PASSING: [Self; 6] =
-        [Self::Before, Self::After, Self::Slow, Self::Truncated, Self::Flipped, Self::Reset];
+    const PASSING: [Self; 7] =
+        [Self::Before, Self::After, Self::Slow, Self::Stuck, Self::Truncated, Self::Flipped, Self::Reset];
 }
 
 /// When requests of one life go wrong.
@@ -51,6 +54,10 @@ pub enum Plan {
     Calm,
     /// At one request, counted from 0.
     At(u64, Fault),
+    /// At the first try of each request whose name starts with the one text and has the other in it.
+    First(&'static str, &'static str, Fault),
+    /// At every request whose name starts with this.
+    Always(&'static str, Fault),
     /// This many times in a thousand, each in a way of its own; and the server dies at a request, if it comes to that.
     Random {
         /// Of the draws.
@@ -68,6 +75,10 @@ impl Plan {
         match *self {
             Self::Calm => None,
             Self::At(at, fault) => (number == at).then_some(fault),
+            Self::Always(start, fault) => name.starts_with(start).then_some(fault),
+            Self::First(start, end, fault) => {
+                (repeat == 0 && name.starts_with(start) && name.contains(end)).then_some(fault)
+            }
             Self::Random { seed, crash_at: Some(at), .. } if number == at => {
                 Some(if seed % 2 == 0 { Fault::CrashBefore } else { Fault::CrashAfter })
             }

@@ -27,8 +27,9 @@ use crate::damage::Damage;
 use crate::fault::{Fault, Plan};
 use crate::rng::{Rng, hash};
 
-/// Longer than the engine gives one attempt.
-const SLOW: Duration = Duration::from_secs(90);
+/// Shorter than the engine gives one attempt, and longer.
+const SLOW: Duration = Duration::from_secs(20);
+const STUCK: Duration = Duration::from_secs(90);
 
 /// The objects of a world.
 #[derive(Debug, Clone)]
@@ -135,6 +136,18 @@ impl FaultStore {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Draws the fate of a request, and waits where it is to arrive late.
+    async fn arrive(&self, name: String, possible: &[Fault]) -> Result<Fate> {
+        let fate = self.fate(name, possible)?;
+        if fate.fault == Some(Fault::Slow) {
+            tokio::time::sleep(SLOW).await;
+            if self.crashed() {
+                return Err(failure("the server is dead"));
+            }
+        }
+        Ok(fate)
+    }
+
     /// Draws the fate of a request. Only faults that can befall its kind count.
     fn fate(&self, name: String, possible: &[Fault]) -> Result<Fate> {
         let mut state = self.lock();
@@ -167,8 +180,8 @@ impl FaultStore {
                 Err(failure("the server died"))
             }
             Some(Fault::After) => Err(failure("the answer was lost")),
-            Some(Fault::Slow) => {
-                tokio::time::sleep(SLOW).await;
+            Some(Fault::Stuck) => {
+                tokio::time::sleep(STUCK).await;
                 Ok(done)
             }
             _ => Ok(done),
@@ -201,6 +214,7 @@ impl Fault {
             Self::Before => "before",
             Self::After => "after",
             Self::Slow => "slow",
+            Self::Stuck => "stuck",
             Self::Truncated => "truncated",
             Self::Flipped => "flipped",
             Self::Reset => "reset",
@@ -240,7 +254,7 @@ impl fmt::Display for FaultStore {
 #[deny(clippy::missing_trait_methods)]
 impl ObjectStore for FaultStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let fate = self.fate(format!("put {location}"), &[Fault::After, Fault::Slow])?;
+        let fate = self.arrive(format!("put {location}"), &[Fault::After, Fault::Slow, Fault::Stuck]).await?;
         let done = self.contents.memory.put_opts(location, payload, options).await;
         if done.is_ok() {
             self.contents.date(location);
@@ -260,8 +274,8 @@ impl ObjectStore for FaultStore {
             (false, Some(range)) => format!("get {location} {range}"),
             (false, None) => format!("get {location}"),
         };
-        let bodies = [Fault::Slow, Fault::Truncated, Fault::Flipped, Fault::Reset];
-        let fate = self.fate(name, if head { &bodies[..1] } else { &bodies })?;
+        let possible = [Fault::Slow, Fault::Stuck, Fault::Truncated, Fault::Flipped, Fault::Reset];
+        let fate = self.arrive(name, if head { &possible[..2] } else { &possible }).await?;
         let found = match self.contents.memory.get_opts(location, options).await {
             Ok(found) => found,
             Err(error) => return self.answer(fate, ()).await.and(Err(error)),
@@ -289,7 +303,7 @@ impl ObjectStore for FaultStore {
                 let store = store.clone();
                 async move {
                     let location = location?;
-                    let fate = store.fate(format!("delete {location}"), &[Fault::After, Fault::Slow])?;
+                    let fate = store.arrive(format!("delete {location}"), &[Fault::After, Fault::Slow, Fault::Stuck]).await?;
                     let one = futures::stream::iter([Ok(location.clone())]).boxed();
                     store.contents.memory.delete_stream(one).try_collect::<Vec<_>>().await?;
                     store.answer(fate, location).await
@@ -308,7 +322,8 @@ impl ObjectStore for FaultStore {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        let fate = self.fate(format!("folders {}", prefix.cloned().unwrap_or_default()), &[Fault::Slow])?;
+        let name = format!("folders {}", prefix.cloned().unwrap_or_default());
+        let fate = self.arrive(name, &[Fault::Slow, Fault::Stuck]).await?;
         let mut found = self.contents.memory.list_with_delimiter(prefix).await?;
         found.objects = found.objects.into_iter().map(|meta| self.contents.dated(meta)).collect();
         self.answer(fate, found).await

@@ -90,6 +90,16 @@ impl World {
         }
     }
 
+    /// A world that begins with another's bucket.
+    #[must_use]
+    pub fn holding(seed: u64, bucket: &[(String, Bytes)]) -> Self {
+        let world = Self::new(seed);
+        for (key, bytes) in bucket {
+            world.set(key, bytes.clone());
+        }
+        world
+    }
+
     /// Opens a lake, lets `scenario` act on it, and ends its life: in peace, without being closed, or by the plan's
     /// crash. Nothing of it runs afterwards.
     ///
@@ -98,21 +108,40 @@ impl World {
     pub fn life<T>(&mut self, plan: Plan, state: StateDir, scenario: impl AsyncFnOnce(Actor) -> T) -> Life<T> {
         let store = FaultStore::new(self.contents.clone(), plan);
         let state_dir = self.state_dir(state);
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .expect("a runtime");
+        let runtime = runtime();
         let result = runtime.block_on(async {
-            let lake = self.open(&store, state_dir).await?;
-            let cache = lake.default_cache("default", &[self.key.public()]).await?;
-            Ok(scenario(Actor { lake, cache, store: store.clone(), key: self.key.clone() }).await)
+            Ok(scenario(self.actor(&store, state_dir).await?).await)
         });
         let crashed = store.crashed();
         // Whatever still runs must not reach the bucket any more.
         store.crash();
         drop(runtime);
         Life { result, trace: store.trace(), crashed }
+    }
+
+    /// As [`World::life`], with a second server beside the first, which answers without faults.
+    ///
+    /// # Panics
+    /// Where there is no runtime to be had.
+    pub fn two_servers<T>(&mut self, plan: Plan, scenario: impl AsyncFnOnce(Actor, Actor) -> T) -> Result<T, Error> {
+        let stores = [plan, Plan::Calm].map(|plan| FaultStore::new(self.contents.clone(), plan));
+        let dirs = [self.state_dir(StateDir::Empty), self.dir.path().join("other-server")];
+        let runtime = runtime();
+        let result = runtime.block_on(async {
+            let [faulty, calm] = &stores;
+            let [dir, other_dir] = dirs;
+            Ok(scenario(self.actor(faulty, dir).await?, self.actor(calm, other_dir).await?).await)
+        });
+        for store in &stores {
+            store.crash();
+        }
+        result
+    }
+
+    async fn actor(&self, store: &FaultStore, state_dir: PathBuf) -> Result<Actor, Error> {
+        let lake = self.open(store, state_dir).await?;
+        let cache = lake.default_cache("default", &[self.key.public()]).await?;
+        Ok(Actor { lake, cache, store: store.clone(), key: self.key.clone() })
     }
 
     async fn open(&self, store: &FaultStore, state_dir: PathBuf) -> Result<Lake, Error> {
@@ -317,6 +346,11 @@ impl Actor {
             }
         }
     }
+}
+
+/// A runtime on which waiting takes no time.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime")
 }
 
 /// Pushes before a client gives up.

@@ -14,10 +14,7 @@ fn check(fault: Fault) {
     let bucket = first.bucket();
 
     for number in 0.. {
-        let mut world = World::new(1000 + number);
-        for (key, bytes) in &bucket {
-            world.set(key, bytes.clone());
-        }
+        let mut world = World::holding(1000 + number, &bucket);
         let mut model = Model::default();
         model.trying(&below);
         model.acknowledged(&below.path.hash, below.info().nar_hash);
@@ -59,8 +56,13 @@ fn lost_answer() {
 }
 
 #[test]
-fn slow_answer() {
+fn late_request() {
     check(Fault::Slow);
+}
+
+#[test]
+fn answer_after_the_time_limit() {
+    check(Fault::Stuck);
 }
 
 #[test]

@@ -35,7 +35,9 @@ impl Index {
         {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
             tables.packs = packs.iter().map(|(pack, _)| *pack).collect();
-            tables.damaged = marks.iter().filter_map(|mark| damaged_frame(&mark.key)).collect();
+            for (pack, frame_offset) in marks.iter().filter_map(|mark| damaged_frame(&mark.key)) {
+                tables.damaged.entry(pack).or_default().insert(frame_offset);
+            }
         }
         let covered = self.load_segments().await?;
         self.forget_lost_packs(&packs)?;

@@ -147,10 +147,21 @@ impl Lake {
     }
 }
 
+/// Folders that only a lake has. To make a second lake beside what is left of one would be to lose what that holds.
+const IN_EVERY_LAKE: [&str; 2] = ["caches", "packs"];
+
 /// The smallest valid lake document, made first if there is none: two servers that start at once agree on one.
 async fn lake_document(bucket: &Bucket, mint: &Mint, settings: &Settings) -> Result<(LakeId, LakeDocument), Error> {
     if let Some(found) = smallest_lake(bucket).await? {
         return Ok(found);
+    }
+    if let Some(left) = bucket.list_folders("").await?.iter().find(|folder| IN_EVERY_LAKE.contains(&folder.as_str())) {
+        return Err(Error::Bucket {
+            operation: "find a lake document under",
+            key: keys::LAKE.to_owned(),
+            kind: ErrorKind::Corrupt,
+            source: format!("there is none, but there are objects under {left}/; restore it").into(),
+        });
     }
     let id = LakeId(mint.ulid());
     let document = LakeDocument::new(settings.store_dir.clone(), mint.now_ms() / 1000);

@@ -1,3 +1,5 @@
+//! Bodies of the lake API against their JSON.
+
 use std::fmt::Debug;
 
 use serde::de::DeserializeOwned;
@@ -25,7 +27,9 @@ fn bodies() {
     let (lake, cache) = (LakeId(Ulid::from_bytes([1; 16])), CacheId(Ulid::from_bytes([2; 16])));
     check(
         &Info { api_version: 1, lake, store_dir: StoreDir::default(), cache, public_keys: vec![key.clone()] },
-        &format!("{{\"api_version\":1,\"lake\":\"{lake}\",\"store_dir\":\"/nix/store\",\"cache\":\"{cache}\",\"public_keys\":[\"{key}\"]}}"),
+        &format!(
+            "{{\"api_version\":1,\"lake\":\"{lake}\",\"store_dir\":\"/nix/store\",\"cache\":\"{cache}\",\"public_keys\":[\"{key}\"]}}"
+        ),
     );
     let path: StorePathHash = HASH32.parse().unwrap();
     check(&ClosureRequest { roots: vec![path], have: vec![] }, &format!("{{\"roots\":[\"{HASH32}\"],\"have\":[]}}"));

@@ -2,7 +2,8 @@
 //!
 //! Documents are created once and never changed; a change is a new document under a new id. Each carries the version of
 //! its own schema. An unknown key or version is an error: a reader that guesses at configuration may publish or delete
-//! what it should not.
+//! what it should not. For the same reason each ends in a checksum: a flipped bit in a store directory or in a cache's
+//! name is as good JSON as before.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,6 +16,7 @@ use super::json;
 use super::location::{Domain, PackRef};
 use super::scrub::ScrubVersion;
 use super::strings::StringTable;
+use super::wire::digest;
 use crate::error::FormatError;
 use crate::id::{CacheId, ManifestId, TableId};
 use crate::limits::DOCUMENT_MAX;
@@ -52,11 +54,10 @@ pub trait Document: Serialize + DeserializeOwned {
 
     /// The document's bytes.
     fn encode(&self) -> Vec<u8> {
-        let mut bytes = serde_json::to_vec_pretty(self).unwrap_or_default();
+        let body = serde_json::to_vec_pretty(self).unwrap_or_default();
         // Maps with keys that are no strings are all that JSON cannot hold; no document has any.
-        assert!(!bytes.is_empty(), "document without JSON form");
-        bytes.push(b'\n');
-        bytes
+        assert!(body.len() > BODY_END.len() && body.ends_with(BODY_END), "document without JSON form");
+        seal(&body)
     }
 
     /// Reads a document.
@@ -67,10 +68,30 @@ pub trait Document: Serialize + DeserializeOwned {
         if bytes.len() > DOCUMENT_MAX {
             return Err(DocumentError::TooLong { length: bytes.len() as u64, max: DOCUMENT_MAX as u64 });
         }
-        let document: Self = serde_json::from_slice(bytes).map_err(DocumentError::Json)?;
+        let wrong = FormatError::Checksum { field: "document", offset: bytes.len().saturating_sub(SEAL_LEN) as u64 };
+        let start = bytes.len().checked_sub(SEAL_LEN).and_then(|length| bytes.get(..length));
+        let body = [start.ok_or(DocumentError::Value(wrong.clone()))?, BODY_END].concat();
+        if seal(&body) != bytes {
+            return Err(DocumentError::Value(wrong));
+        }
+        let document: Self = serde_json::from_slice(&body).map_err(DocumentError::Json)?;
         document.check().map_err(DocumentError::Value)?;
         Ok(document)
     }
+}
+
+const CHECKSUM_CONTEXT: &str = "narlake 2026-11 v1 document";
+/// How the JSON of every document ends before its checksum is added.
+const BODY_END: &[u8] = b"\n}";
+/// Bytes from there to the end of the document.
+const SEAL_LEN: usize = ",\n  \"checksum\": \"0123456789abcdef\"\n}\n".len();
+
+/// Adds the last field: the first eight bytes of a digest of the JSON without it.
+fn seal(body: &[u8]) -> Vec<u8> {
+    let [a, b, c, d, e, f, g, h, ..] = digest(CHECKSUM_CONTEXT, &[body]);
+    let checksum = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+    let start = body.strip_suffix(BODY_END).unwrap_or(body);
+    [start, format!(",\n  \"checksum\": \"{checksum:016x}\"\n}}\n").as_bytes()].concat()
 }
 
 /// The one version of every document's schema so far.
@@ -120,7 +141,7 @@ impl Document for LakeDocument {
 pub struct CacheName(Box<str>);
 
 /// First components of the server's routes: a cache of such a name could not be reached.
-const RESERVED: [&str; 13] = [
+const RESERVED: [&str; 11] = [
     "api",
     "build-trace-v2",
     "debuginfo",
@@ -128,12 +149,10 @@ const RESERVED: [&str; 13] = [
     "log",
     "metrics",
     "nar",
-    "narinfo",
     "nix-cache-info",
-    "public",
+    "public-key",
     "ready",
     "realisations",
-    "serve",
 ];
 
 /// Longest name of a cache.

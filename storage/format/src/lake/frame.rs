@@ -431,7 +431,8 @@ fn join_base(window: BaseWindow, base: &[&[u8]]) -> Result<Vec<u8>, FormatError>
 }
 
 fn decompress(context: &mut DCtx<'_>, header: &FrameHeader, stored: &[u8]) -> Result<Vec<u8>, FormatError> {
-    let error = FormatError::Syntax { field: "compressed content of frame", offset: header.codec.header_length().into() };
+    let error =
+        FormatError::Syntax { field: "compressed content of frame", offset: header.codec.header_length().into() };
     let raw_length = header.raw_length as usize;
     // Exactly one frame of today's zstd, of exactly the length that the header promises: the library would also take
     // several, and formats of before version 1.

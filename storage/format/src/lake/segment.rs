@@ -300,7 +300,10 @@ impl<T: AsRef<[u8]>> Segment<T> {
         let slot = self.table().get(start..self.slot_end(number)).unwrap_or_default();
         let first = slot.partition_point(|entry| entry[..ID_LEN] < id.as_bytes()[..]);
         let found = slot.get(first..).unwrap_or_default();
-        found.iter().take_while(move |entry| entry[..ID_LEN] == id.as_bytes()[..]).filter_map(|e| self.entry(e))
+        found
+            .iter()
+            .take_while(move |entry| entry[..ID_LEN] == id.as_bytes()[..])
+            .filter_map(|e| self.entry(e))
             .map(|(_, location)| location)
     }
 

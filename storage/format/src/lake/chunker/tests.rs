@@ -1,3 +1,5 @@
+//! Cuts against those of the algorithm on a file in memory, whatever the pushes.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -12,7 +14,8 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
         word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         word ^ word >> 31
     };
-    let mut bytes: Vec<u8> = std::iter::repeat_with(|| next().to_le_bytes()).take(length.div_ceil(8)).flatten().collect();
+    let mut bytes: Vec<u8> =
+        std::iter::repeat_with(|| next().to_le_bytes()).take(length.div_ceil(8)).flatten().collect();
     bytes.truncate(length);
     bytes
 }

@@ -1,23 +1,36 @@
+//! Documents against their text.
+
 use super::*;
 use crate::id::{PackId, Ulid};
 use crate::nix::signature::SecretKey;
 
 const HASH32: &str = "0123456789abcdfghijklmnpqrsvwxyz";
 
-/// Checks a document against its text, both ways, and that nothing else is taken for one.
+/// The document whose JSON without its checksum is this.
+fn sealed(text: &str) -> Vec<u8> {
+    seal(text.trim_end().as_bytes())
+}
+
+/// Checks a document against its text without the checksum, both ways, and that nothing else is taken for one.
 #[track_caller]
 fn check<D: Document + PartialEq + fmt::Debug>(document: &D, text: &str, version: &str) {
-    assert_eq!(String::from_utf8(document.encode()).expect("UTF-8"), text);
-    assert_eq!(&D::decode(text.as_bytes()).expect("a document"), document);
+    let bytes = sealed(text);
+    assert_eq!(document.encode(), bytes);
+    assert_eq!(&D::decode(&bytes).expect("a document"), document);
     let newer = text.replacen(&format!("\"{version}\": 1"), &format!("\"{version}\": 2"), 1);
-    assert!(matches!(D::decode(newer.as_bytes()), Err(DocumentError::Value(FormatError::Version { .. }))), "{newer}");
+    assert!(matches!(D::decode(&sealed(&newer)), Err(DocumentError::Value(FormatError::Version { .. }))), "{newer}");
     let more = text.replacen('{', "{\"unknown\": 1,", 1);
-    assert!(matches!(D::decode(more.as_bytes()), Err(DocumentError::Json(_))), "{more}");
-    for end in 0..text.len() - 2 {
-        assert!(D::decode(&text.as_bytes()[..end]).is_err(), "cut at {end}");
+    assert!(matches!(D::decode(&sealed(&more)), Err(DocumentError::Json(_))), "{more}");
+    for end in 0..bytes.len() {
+        assert!(D::decode(&bytes[..end]).is_err(), "cut at {end}");
     }
-    let long = text.to_owned() + &" ".repeat(DOCUMENT_MAX);
-    assert!(matches!(D::decode(long.as_bytes()), Err(DocumentError::TooLong { .. })));
+    for bit in 0..bytes.len() * 8 {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert!(D::decode(&flipped).is_err(), "bit {bit} flipped");
+    }
+    let long = [&bytes[..], &b" ".repeat(DOCUMENT_MAX)].concat();
+    assert!(matches!(D::decode(&long), Err(DocumentError::TooLong { .. })));
 }
 
 #[test]
@@ -26,9 +39,9 @@ fn lakes() {
     check(&LakeDocument::new(StoreDir::default(), 5), text, "format");
     for wrong in ["\"chunker\": 1", "\"scrub\": 1"] {
         let wrong = text.replace(wrong, &wrong.replace('1', "2"));
-        assert!(LakeDocument::decode(wrong.as_bytes()).is_err(), "{wrong}");
+        assert!(LakeDocument::decode(&sealed(&wrong)).is_err(), "{wrong}");
     }
-    assert!(LakeDocument::decode(text.replace("/nix/store", "nix/store").as_bytes()).is_err());
+    assert!(LakeDocument::decode(&sealed(&text.replace("/nix/store", "nix/store"))).is_err());
 }
 
 #[test]
@@ -75,8 +88,8 @@ fn uploads() {
     let text = text.replace("]\n}", "],\n  \"inline_table\": \"AQA=\"\n}");
     check(&inline, &text, "version");
     let other = text.replace(&empty.id().to_string(), &table.to_string());
-    assert!(matches!(UploadDocument::decode(other.as_bytes()), Err(DocumentError::Value(FormatError::Checksum { .. }))));
-    assert!(matches!(UploadDocument::decode(text.replace("AQA=", "AQ==").as_bytes()), Err(DocumentError::Json(_))));
+    assert!(matches!(UploadDocument::decode(&sealed(&other)), Err(DocumentError::Value(FormatError::Checksum { .. }))));
+    assert!(matches!(UploadDocument::decode(&sealed(&text.replace("AQA=", "AQ=="))), Err(DocumentError::Json(_))));
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! Keys: their one spelling, and the prefixes they lie under.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -74,7 +76,17 @@ fn days() {
         assert_eq!(Day::of_unix_time(seconds).to_string(), text);
         assert_eq!(text.parse(), Ok(Day::of_unix_time(seconds)));
     }
-    for text in ["", "1969-12-31", "2026-02-29", "2100-02-29", "2026-13-01", "2026-00-01", "2026-1-01", "10000-01-01", "2026-01-32"] {
+    for text in [
+        "",
+        "1969-12-31",
+        "2026-02-29",
+        "2100-02-29",
+        "2026-13-01",
+        "2026-00-01",
+        "2026-1-01",
+        "10000-01-01",
+        "2026-01-32",
+    ] {
         assert!(text.parse::<Day>().is_err(), "{text}");
     }
 }
@@ -93,7 +105,8 @@ fn pack_ref() -> impl Strategy<Value = PackRef> {
 fn key() -> impl Strategy<Value = Key> {
     let cache = || ulid().prop_map(CacheId);
     let hash = || any::<[u8; 20]>().prop_map(StorePathHash::from_bytes);
-    let by_hash = (sha256(), name()).prop_map(|(drv_hash, output)| RealisationKey::Hash(DrvOutput { drv_hash, output }));
+    let by_hash =
+        (sha256(), name()).prop_map(|(drv_hash, output)| RealisationKey::Hash(DrvOutput { drv_hash, output }));
     let by_path = (store_path(), name()).prop_map(|(drv, output)| RealisationKey::Path { drv, output });
     let day = (0..=u64::from(DAY_MAX) * DAY_S).prop_map(Day::of_unix_time);
     prop_oneof![

@@ -2,8 +2,8 @@
 
 use super::column::{Column, ColumnInputs, Lengths};
 use super::header::{ManifestHeader, PartRef};
-use super::{part_max, shape};
 use super::tree::{PatchPlaces, Tree, check_target};
+use super::{part_max, shape};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, PartId};
 use crate::lake::scrub::Patch;

@@ -1,3 +1,5 @@
+//! Manifests: trees there and back, their one encoding, and all that is refused.
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -7,7 +9,7 @@ use crate::error::FormatError;
 use crate::id::{ChunkId, FILE_ID_INLINE_MAX, FileId, PartId};
 use crate::lake::chunker::ChunkerVersion;
 use crate::lake::scrub::{Patch, ScrubVersion};
-use crate::limits::{CHUNK_MAX, DEPTH_MAX, PART_MAX, PART_SMALL_MAX, PARTS_SMALL};
+use crate::limits::{CHUNK_MAX, DEPTH_MAX, PART_SMALL_MAX, PARTS_SMALL};
 
 /// A tree to write.
 #[derive(Clone, Debug)]
@@ -120,7 +122,7 @@ fn events(finished: &Finished) -> Vec<String> {
 fn file(length: u32) -> Tree {
     let chunk_max = u32::try_from(CHUNK_MAX).expect("small");
     let mut chunks = vec![(chunk_max, Vec::new()); (length / chunk_max) as usize];
-    if length % chunk_max > 0 {
+    if !length.is_multiple_of(chunk_max) {
         chunks.push((length % chunk_max, Vec::new()));
     }
     Tree::File(false, chunks)
@@ -333,7 +335,8 @@ fn refusals() {
 
 #[test]
 fn the_writer_takes_trees_only() {
-    let misuse: [&[fn(&mut ManifestWriter) -> Result<(), FormatError>]; 9] = [
+    type Call = fn(&mut ManifestWriter) -> Result<(), FormatError>;
+    let misuse: [&[Call]; 9] = [
         &[|w| w.end_directory()],
         &[|w| w.entry(b"a")],
         &[|w| w.directory(), |w| w.directory()],

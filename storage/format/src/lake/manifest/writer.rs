@@ -2,8 +2,8 @@
 
 use super::column::{Column, Columns};
 use super::header::{ManifestHeader, PARTS_MAX, PartRef};
-use super::{part_max, shape};
 use super::tree::{PatchPlaces, Tree, check_target};
+use super::{part_max, shape};
 use crate::error::FormatError;
 use crate::id::{ChunkId, FileId, ManifestId, PartId};
 use crate::lake::chunker::ChunkerVersion;

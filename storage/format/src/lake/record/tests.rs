@@ -1,3 +1,5 @@
+//! Path records: their one spelling, and what their signatures cover.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Scrubbing against the rule as it is written down, and restoring against what was there.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -70,7 +72,7 @@ fn naive(dir: &StoreDir, files: &[&[u8]]) -> (Vec<Scrubbed>, StringTable) {
                     *byte = PLACEHOLDER;
                 }
             }
-            patches.push(Patch { gap: (start - end) as u64, string: number as u32, hash_only });
+            patches.push(Patch { gap: (start - end) as u64, string: u32::try_from(number).expect("small"), hash_only });
             at = start + length;
             end = at;
         }
@@ -139,11 +141,7 @@ fn a_store_path_is_blanked() {
 
 #[test]
 fn at_the_end_of_a_file() {
-    check(
-        &format!("/nix/store/{HASH}-a"),
-        &format!("/nix/store/{}-#", blank(32)),
-        &[&format!("{HASH}-a")],
-    );
+    check(&format!("/nix/store/{HASH}-a"), &format!("/nix/store/{}-#", blank(32)), &[&format!("{HASH}-a")]);
 }
 
 #[test]
@@ -228,8 +226,7 @@ fn one_hash_two_names() {
 fn the_leftmost_of_overlapping_hashes_wins() {
     let shifted = format!("{}0", &HASH[1..]);
     let input = format!("/nix/store/{HASH}-x /nix/store/{shifted}-y {HASH}0 {shifted}");
-    let expected =
-        format!("/nix/store/{}-# /nix/store/{}-# {}0 {}", blank(32), blank(32), blank(32), blank(32));
+    let expected = format!("/nix/store/{}-# /nix/store/{}-# {}0 {}", blank(32), blank(32), blank(32), blank(32));
     check(&input, &expected, &[&format!("{HASH}-x"), &format!("{shifted}-y")]);
 }
 
@@ -266,7 +263,8 @@ fn a_full_table() {
     file.extend_from_slice(tail.as_bytes());
     let (scrubbed, table) = scrub(&StoreDir::default(), &[&file], &[1 << 20, 2 << 20]);
     assert_eq!(table.len(), STRINGS_MAX);
-    let expected = format!("/nix/store/{new}-n {new} /nix/store/{}-new {} /nix/store/{}-#", blank(32), blank(32), blank(32));
+    let expected =
+        format!("/nix/store/{new}-n {new} /nix/store/{}-new {} /nix/store/{}-#", blank(32), blank(32), blank(32));
     assert_eq!(String::from_utf8_lossy(&scrubbed[0].0[tail_at..]), expected);
     assert_eq!(restore(&scrubbed[0].0, &scrubbed[0].1, &table, 4096), file);
     assert!(table.encode().len() <= crate::limits::TABLE_MAX);

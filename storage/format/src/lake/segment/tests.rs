@@ -1,3 +1,5 @@
+//! Segments: finding what is there and nothing else, and segments that lie.
+
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
@@ -41,7 +43,8 @@ fn the_empty_segment() {
 #[test]
 fn finds_what_it_holds_and_nothing_else() {
     for count in [1, 2, 63, 64, 127, 128, 5000, 20_000] {
-        let entries: Vec<_> = (0..count).map(|n| (id(n), location(pack(0, n as u8 % 3), n, n + 1))).collect();
+        let entries: Vec<_> =
+            (0..count).map(|n| (id(n), location(pack(0, n.to_le_bytes()[0] % 3), n, n + 1))).collect();
         let bytes = build(&entries);
         let segment = Segment::open(&bytes).expect("a segment");
         assert_eq!(segment.len(), count as usize);
@@ -57,7 +60,12 @@ fn finds_what_it_holds_and_nothing_else() {
 
 #[test]
 fn a_blob_in_several_packs() {
-    let places = [location(pack(1, 1), 5, 0), location(pack(0, 9), 5, 0), location(pack(0, 9), 4, 7), location(pack(0, 2), 6, 0)];
+    let places = [
+        location(pack(1, 1), 5, 0),
+        location(pack(0, 9), 5, 0),
+        location(pack(0, 9), 4, 7),
+        location(pack(0, 2), 6, 0),
+    ];
     let mut entries: Vec<_> = places.iter().map(|place| (id(1), *place)).collect();
     entries.push((id(1), places[0]));
     entries.push((id(2), places[0]));
@@ -100,7 +108,7 @@ fn locations_at_their_limits() {
 
 #[test]
 fn every_bit_counts() {
-    let entries: Vec<_> = (0..130).map(|n| (id(n), location(pack(n as u8 % 2, 1), n, 0))).collect();
+    let entries: Vec<_> = (0..130).map(|n| (id(n), location(pack(n.to_le_bytes()[0] % 2, 1), n, 0))).collect();
     let bytes = build(&entries);
     for at in 0..bytes.len() {
         assert!(Segment::open(&bytes[..at]).is_err(), "cut at {at}");
@@ -131,7 +139,7 @@ proptest! {
     /// A segment whose checksum is right is still checked, and one that passes is the one that would be written.
     #[test]
     fn forged_segments(mutations in prop::collection::vec(any::<(prop::sample::Index, u8)>(), 1..4)) {
-        let entries: Vec<_> = (0..130).map(|n| (id(n), location(pack(n as u8 % 2, 1), n, 0))).collect();
+        let entries: Vec<_> = (0..130).map(|n| (id(n), location(pack(n.to_le_bytes()[0] % 2, 1), n, 0))).collect();
         let mut bytes = build(&entries);
         let body = bytes.len() - CHECKSUM_LEN;
         bytes.truncate(body);

@@ -1,0 +1,390 @@
+//! A lake in memory with a few store paths, a source over it that can stall or fail, and mounts that go away again.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use narlake_format::id::BlobId;
+use narlake_format::lake::location::{Location, PackRef};
+use narlake_format::lake::record::PathRecord;
+use narlake_format::nar::{Event, Writer};
+use narlake_format::nix::compression::Compression;
+use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::narinfo::NarInfo;
+use narlake_format::nix::signature::SecretKey;
+use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use narlake_mountd::app::{Daemon, Sources};
+use narlake_mountd::cache::{Cache, CacheSettings};
+use narlake_mountd::config::{Config, Settings};
+use narlake_mountd::fs::nodes::NodeTable;
+use narlake_mountd::fs::{LazyStore, StoreSettings};
+use narlake_mountd::metrics::Metrics;
+use narlake_mountd::overlay::{Overlays, Own};
+use narlake_mountd::remote::{Cause, RemoteError};
+use narlake_mountd::trust::TrustedKeys;
+use narlake_mountd::view::{OnOutage, RecordSource, View, ViewSettings};
+use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
+use narlake_storage::{Bucket, Components, Error, Lake, OsEntropy, SystemClock, UploadName};
+use tempfile::TempDir;
+
+/// What is in a store object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Node {
+    File { executable: bool, content: Vec<u8> },
+    Link(Vec<u8>),
+    Dir(BTreeMap<Vec<u8>, Node>),
+}
+
+pub(crate) fn file(content: impl AsRef<[u8]>) -> Node {
+    Node::File { executable: false, content: content.as_ref().to_vec() }
+}
+
+pub(crate) fn program(content: impl AsRef<[u8]>) -> Node {
+    Node::File { executable: true, content: content.as_ref().to_vec() }
+}
+
+pub(crate) fn link(target: impl AsRef<[u8]>) -> Node {
+    Node::Link(target.as_ref().to_vec())
+}
+
+pub(crate) fn dir<const N: usize>(entries: [(&str, Node); N]) -> Node {
+    Node::Dir(entries.into_iter().map(|(name, node)| (name.as_bytes().to_vec(), node)).collect())
+}
+
+/// Bytes that do not compress and differ with the seed.
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let step = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    };
+    std::iter::repeat_with(step).take(length).collect()
+}
+
+fn nar(node: &Node, writer: &mut Writer, out: &mut Vec<u8>) {
+    match node {
+        Node::File { executable, content } => {
+            writer.event(Event::File { executable: *executable, size: content.len() as u64 }, out).unwrap();
+            if !content.is_empty() {
+                writer.event(Event::Data(content), out).unwrap();
+            }
+            writer.event(Event::EndFile, out).unwrap();
+        }
+        Node::Link(target) => writer.event(Event::Symlink { target }, out).unwrap(),
+        Node::Dir(entries) => {
+            writer.event(Event::Directory, out).unwrap();
+            for (name, node) in entries {
+                writer.event(Event::Entry { name }, out).unwrap();
+                nar(node, writer, out);
+            }
+            writer.event(Event::EndDirectory, out).unwrap();
+        }
+    }
+}
+
+/// How the source behaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Mood {
+    Answers,
+    /// Takes questions and never answers.
+    Stalls,
+    /// Refuses connections.
+    Down,
+}
+
+/// The lake as mountd's source.
+pub(crate) struct Source {
+    lake: Lake,
+    cache: narlake_storage::Cache,
+    mood: AtomicU8,
+    pub(crate) lookups: AtomicU64,
+    pub(crate) reads: AtomicU64,
+    pub(crate) closures: AtomicU64,
+}
+
+impl Source {
+    pub(crate) fn set(&self, mood: Mood) {
+        self.mood.store(mood as u8, Ordering::SeqCst);
+    }
+
+    async fn gate(&self, key: String) -> Result<(), RemoteError> {
+        match self.mood.load(Ordering::SeqCst) {
+            mood if mood == Mood::Answers as u8 => Ok(()),
+            mood if mood == Mood::Stalls as u8 => pending().await,
+            _ => {
+                let cause = Cause::Status { status: 503, text: "down".into() };
+                Err(RemoteError { operation: "ask", key, cause })
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl BlobSource for Source {
+    async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
+        self.gate("locate".into()).await?;
+        Ok(self.lake.locate(&self.cache.domain(), ids))
+    }
+
+    async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
+        self.gate(pack.to_string()).await?;
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        self.lake.read_pack(pack, range).await
+    }
+
+    async fn size(&self, pack: &PackRef) -> Result<u64, Error> {
+        self.gate(pack.to_string()).await?;
+        self.lake.pack_size(pack).await
+    }
+}
+
+#[async_trait]
+impl RecordSource for Source {
+    async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError> {
+        self.lookups.fetch_add(1, Ordering::SeqCst);
+        self.gate(hash.to_string()).await?;
+        Ok(self.lake.lookup(&self.cache, hash).await.unwrap().map(|record| PathRecord::clone(&record)))
+    }
+
+    async fn closure(
+        &self,
+        roots: &[StorePathHash],
+        on: &mut (dyn FnMut(PathRecord) + Send),
+    ) -> Result<Vec<StorePathHash>, RemoteError> {
+        self.closures.fetch_add(1, Ordering::SeqCst);
+        self.gate("closure".into()).await?;
+        let (records, missing) = self.lake.closure(&self.cache, roots).await.unwrap();
+        records.iter().for_each(|record| on(PathRecord::clone(record)));
+        Ok(missing)
+    }
+}
+
+/// A lake, and a directory for whoever mounts it.
+pub(crate) struct World {
+    pub(crate) lake: Lake,
+    pub(crate) source: Arc<Source>,
+    pub(crate) key: SecretKey,
+    /// A key that the cache believes too, and mountd does not.
+    pub(crate) other_key: SecretKey,
+    pub(crate) metrics: Metrics,
+    pub(crate) dir: TempDir,
+    pub(crate) deadline: Duration,
+    pub(crate) cache_bytes: u64,
+    pub(crate) on_outage: OnOutage,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        // Under the target directory: /tmp may be an overlay, or small.
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let metrics = narlake_storage::Metrics::new(&prometheus::Registry::new());
+        let components = Components {
+            bucket: Bucket::memory(&metrics),
+            clock: Arc::new(SystemClock),
+            entropy: Arc::new(OsEntropy),
+            metrics,
+        };
+        let settings = narlake_storage::Settings {
+            state_dir: dir.path().join("state"),
+            seal_after: Duration::from_millis(1),
+            ..narlake_storage::Settings::default()
+        };
+        let lake = Lake::open(settings, components).await.unwrap();
+        let key = SecretKey::generate("test-1", [7; 32]).unwrap();
+        let other_key = SecretKey::generate("test-1", [8; 32]).unwrap();
+        let cache = lake.default_cache("default", &[key.public(), other_key.public()]).await.unwrap();
+        let source = Source {
+            lake: lake.clone(),
+            cache,
+            mood: AtomicU8::new(Mood::Answers as u8),
+            lookups: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
+            closures: AtomicU64::new(0),
+        };
+        let (deadline, cache_bytes) = (Duration::from_secs(10), 1 << 30);
+        let (source, metrics) = (Arc::new(source), Metrics::new());
+        Self { lake, source, key, other_key, metrics, dir, deadline, cache_bytes, on_outage: OnOutage::Fail }
+    }
+
+    /// A store path of this name that nothing has been pushed for.
+    pub(crate) fn path(name: &str) -> StorePath {
+        let digest = Sha256Hash::of(name.as_bytes());
+        let hash = StorePathHash::from_bytes(digest.as_bytes()[..20].try_into().unwrap());
+        StorePath { hash, name: name.parse().unwrap() }
+    }
+
+    /// Pushes an object under the path that [`World::path`] gives for the name.
+    pub(crate) async fn push(&self, name: &str, node: &Node, references: &[StorePath]) -> StorePath {
+        let path = Self::path(name);
+        self.push_as(&path, node, references, &[self.key.clone()]).await;
+        path
+    }
+
+    pub(crate) async fn push_as(
+        &self,
+        path: &StorePath,
+        node: &Node,
+        references: &[StorePath],
+        signers: &[SecretKey],
+    ) {
+        let (mut writer, mut bytes) = (Writer::new(), Vec::new());
+        nar(node, &mut writer, &mut bytes);
+        writer.finish().unwrap();
+        let nar_hash = Sha256Hash::of(&bytes);
+        let nar_size = bytes.len() as u64;
+        let cache = &self.source.cache;
+        let stream = futures::stream::iter([Ok(Bytes::from(bytes))]);
+        let ingested = self.lake.ingest(cache, stream).await.unwrap();
+        let upload = UploadName { file_hash: nar_hash, compression: Compression::None };
+        self.lake.keep_upload(cache, &upload, &ingested).await.unwrap();
+        let info = NarInfo {
+            store_path: path.clone(),
+            url: format!("nar/{}.nar", nar_hash.to_base32()),
+            compression: Compression::None,
+            file_hash: None,
+            file_size: None,
+            nar_hash,
+            nar_size,
+            references: references.to_vec(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+            extra: Vec::new(),
+        };
+        self.lake.publish(cache, info, signers).await.unwrap();
+    }
+
+    fn keys(&self) -> TrustedKeys {
+        TrustedKeys::new(StoreDir::default(), vec![self.key.public()])
+    }
+
+    /// The file system over this lake, without a kernel.
+    pub(crate) fn store(&self) -> Store {
+        let dir = self.dir.path().join("cache");
+        let settings = CacheSettings { bytes_max: self.cache_bytes };
+        let cache = Arc::new(Cache::open(&dir, settings, &self.metrics).unwrap());
+        let nodes = Arc::new(NodeTable::open(&dir.join("nodes"), cache.booted_since()).unwrap());
+        let own = Own {
+            lower: "/nonexistent".into(),
+            store_dir: "/nix/store".into(),
+            nix_socket: "/nonexistent".into(),
+            directories: Vec::new(),
+            files: Vec::new(),
+        };
+        let overlays = Arc::new(Overlays::new(own, &self.metrics));
+        let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
+        let parts = (Arc::clone(&nodes), overlays);
+        let view = View::new(Arc::clone(&self.source) as _, self.keys(), parts, settings, &self.metrics);
+        let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
+        let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
+        let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
+        let lazy =
+            LazyStore::new(view.clone(), nodes, &fetcher, Arc::clone(&cache), settings, &self.metrics);
+        Store { lazy, view, cache }
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        let path = |name: &str| Some(self.dir.path().join(name));
+        let settings = Settings {
+            server: Some("http://127.0.0.1:1".into()),
+            mount: path("mnt"),
+            cache_dir: path("cache"),
+            nix_socket: path("nix.sock"),
+            control: path("control.sock"),
+            cache_bytes: Some(self.cache_bytes),
+            fetch_deadline_s: Some(self.deadline.as_secs().max(1)),
+            on_outage: Some(self.on_outage),
+            ..Settings::default()
+        };
+        settings.check(None).unwrap()
+    }
+
+    /// A daemon that serves this lake on a mount; `None`, with a line, where this host cannot mount.
+    pub(crate) async fn mount(&self) -> Option<Mounted> {
+        if !can_mount() {
+            return None;
+        }
+        let sources = Sources {
+            blobs: Arc::clone(&self.source) as _,
+            records: Arc::clone(&self.source) as _,
+            keys: self.keys(),
+            key_names: vec!["test-1".into()],
+        };
+        let config = self.config();
+        let daemon = Daemon::start(&config, sources, &self.metrics).await.unwrap();
+        Some(Mounted { daemon: Some(daemon), mount: config.mount, dir: self.dir.path().to_owned() })
+    }
+
+    /// How many messages of this operation the kernel has sent.
+    pub(crate) fn messages(&self, operation: &str) -> u64 {
+        self.metrics.fuse_requests.with_label_values(&[operation]).get()
+    }
+}
+
+/// A file system without a kernel.
+pub(crate) struct Store {
+    pub(crate) lazy: LazyStore,
+    pub(crate) view: View,
+    pub(crate) cache: Arc<Cache>,
+}
+
+/// Whether this host can mount; if not, a line says so.
+pub(crate) fn can_mount() -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "not root, cannot mount"
+    } else if !Path::new("/dev/fuse").exists() {
+        "no /dev/fuse, cannot mount"
+    } else {
+        return true;
+    };
+    eprintln!("SKIP: {reason}");
+    false
+}
+
+/// A daemon of this process with its mount, which goes away with the test however that ends.
+pub(crate) struct Mounted {
+    pub(crate) daemon: Option<Daemon>,
+    pub(crate) mount: PathBuf,
+    pub(crate) dir: PathBuf,
+}
+
+impl Mounted {
+    pub(crate) fn at(&self, path: &StorePath) -> PathBuf {
+        self.mount.join(path.to_string())
+    }
+
+    /// Stops in order, as a signal would have it.
+    pub(crate) async fn stop(mut self) {
+        self.daemon.take().unwrap().stop().await.unwrap();
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        unmount_below(&self.dir);
+    }
+}
+
+/// Detaches whatever is mounted below a directory, the newest first.
+pub(crate) fn unmount_below(dir: &Path) {
+    use rustix::mount::{UnmountFlags, unmount};
+    for mount in narlake_mountd::mountinfo::mounts().unwrap().iter().rev() {
+        if mount.mount_point.starts_with(dir) {
+            let _ = unmount(&mount.mount_point, UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// Runs what a program would do to the mount, away from the threads that serve it.
+pub(crate) async fn outside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap()
+}

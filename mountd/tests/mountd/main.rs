@@ -1,0 +1,13 @@
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `stop`).
+//!
+//! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
+//! ops/test looks for.
+
+mod control;
+mod kit;
+mod mounted;
+mod nix;
+mod overlay;
+mod server;
+mod stop;
+mod store;
