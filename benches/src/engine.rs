@@ -48,8 +48,10 @@ impl Engine {
         futures::stream::iter(items.iter().map(Ok::<_, narlake_storage::Error>))
             .try_for_each_concurrent(PUSHES, |item| async move {
                 let name = UploadName::parse(&item.info.url).expect("an uploaded NAR");
-                let buffers: Vec<_> =
-                    (0..item.nar.len()).step_by(BODY_BYTES).map(|at| Ok(item.nar.slice(at..item.nar.len().min(at + BODY_BYTES)))).collect();
+                let buffers: Vec<_> = (0..item.nar.len())
+                    .step_by(BODY_BYTES)
+                    .map(|at| Ok(item.nar.slice(at..item.nar.len().min(at + BODY_BYTES))))
+                    .collect();
                 let ingested = self.lake.ingest(&self.cache, futures::stream::iter(buffers)).await?;
                 self.lake.keep_upload(&self.cache, &name, &ingested).await
             })
@@ -77,7 +79,8 @@ impl Engine {
         let start = Instant::now();
         futures::stream::iter(items.iter().map(Ok::<_, narlake_storage::Error>))
             .try_for_each_concurrent(PUSHES, |item| async move {
-                let record = self.lake.lookup(&self.cache, &item.info.store_path.hash).await?.expect("a published path");
+                let record =
+                    self.lake.lookup(&self.cache, &item.info.store_path.hash).await?.expect("a published path");
                 let mut nar = std::pin::pin!(self.lake.export(&self.cache, &record).await?);
                 let mut length = 0;
                 while let Some(bytes) = nar.next().await {

@@ -174,8 +174,7 @@ impl Daemon {
         let settings = ViewSettings { deadline: config.deadline, on_outage: config.on_outage };
         let view = View::new(records, keys, (Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };
-        let store =
-            LazyStore::new(view.clone(), Arc::clone(&nodes), &fetcher, Arc::clone(&cache), settings, metrics);
+        let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &fetcher, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
         let nix_listener = listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
         let control_listener = listen(&config.control).with_context(|| at("listen on", &config.control))?;

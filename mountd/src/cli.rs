@@ -53,9 +53,26 @@ mod tests {
     #[test]
     fn flags_are_settings() {
         let cli = Cli::try_parse_from([
-            "narlake-mountd", "run", "--server", "http://127.0.0.1:8080", "--mount", "/m", "--cache-dir", "/c",
-            "--nix-socket", "/n", "--control", "/k", "--on-outage", "build", "--fetch-deadline-s", "5",
-            "--metrics-listen", "127.0.0.1:9000", "--cache-bytes", "1000",
+            "narlake-mountd",
+            "run",
+            "--server",
+            "http://127.0.0.1:8080",
+            "--mount",
+            "/m",
+            "--cache-dir",
+            "/c",
+            "--nix-socket",
+            "/n",
+            "--control",
+            "/k",
+            "--on-outage",
+            "build",
+            "--fetch-deadline-s",
+            "5",
+            "--metrics-listen",
+            "127.0.0.1:9000",
+            "--cache-bytes",
+            "1000",
         ]);
         let Command::Run(run) = cli.unwrap().command;
         let (config, log) = run.load().unwrap();

@@ -191,7 +191,11 @@ impl Settings {
         for key in self.trusted_keys {
             let reason = "is not a public key of the form <name>:<base64>";
             let parsed = key.parse();
-            trusted_keys.push(parsed.map_err(|_| ConfigError::Invalid { setting: "--trusted-key", value: key, reason })?);
+            trusted_keys.push(parsed.map_err(|_| ConfigError::Invalid {
+                setting: "--trusted-key",
+                value: key,
+                reason,
+            })?);
         }
         let token = self.token_file.map(|path| {
             let text = fs::read_to_string(&path);
@@ -292,8 +296,11 @@ mod tests {
     #[test]
     fn only_loopback_is_local() {
         for (server, local) in [
-            ("http://127.0.0.1:1", true), ("http://localhost", true), ("http://[::1]:8080/cache", true),
-            ("http://10.0.0.1", false), ("https://localhost.example.org", false),
+            ("http://127.0.0.1:1", true),
+            ("http://localhost", true),
+            ("http://[::1]:8080/cache", true),
+            ("http://10.0.0.1", false),
+            ("https://localhost.example.org", false),
         ] {
             let file: Settings = toml::from_str(COMPLETE).unwrap();
             let config = Settings { server: Some(server.into()), ..file }.check(None).unwrap();

@@ -132,13 +132,15 @@ impl Control {
         match request {
             ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status()))),
             ControlRequest::OverlayUp { upper, work, merged } => {
-                self.to_the_end(async |overlays| overlays.up(upper, work, merged).await.map(ControlResponse::Overlay)).await
+                self.to_the_end(async |overlays| overlays.up(upper, work, merged).await.map(ControlResponse::Overlay))
+                    .await
             }
             ControlRequest::OverlayAdopt { merged } => {
                 self.to_the_end(async |overlays| overlays.adopt(merged).await.map(ControlResponse::Overlay)).await
             }
             ControlRequest::OverlayDown { merged, lazy } => {
-                self.to_the_end(async |overlays| overlays.down(merged, lazy).await.map(|()| ControlResponse::Done)).await
+                self.to_the_end(async |overlays| overlays.down(merged, lazy).await.map(|()| ControlResponse::Done))
+                    .await
             }
             ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.overlays.list() }),
             ControlRequest::Ensure { paths, timeout_s } => self.ensure(&paths, timeout_s).await,

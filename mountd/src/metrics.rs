@@ -3,7 +3,8 @@
 //! Names are `narlake_mountd_<what>_<unit>`; labels come from closed sets, never from paths.
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
 };
 
 /// Upper bounds of the latency histograms, in seconds: from an answer out of memory to the fetch deadline.
@@ -11,8 +12,20 @@ const SECONDS: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.
 
 /// The operations that are counted by name; all others of the kernel are `other`.
 const OPERATIONS: &[&str] = &[
-    "lookup", "getattr", "readlink", "read", "readdir", "readdirplus", "statfs", "open", "opendir", "flush", "access",
-    "getxattr", "listxattr", "lseek",
+    "lookup",
+    "getattr",
+    "readlink",
+    "read",
+    "readdir",
+    "readdirplus",
+    "statfs",
+    "open",
+    "opendir",
+    "flush",
+    "access",
+    "getxattr",
+    "listxattr",
+    "lseek",
 ];
 
 /// All metrics of the daemon. Cloning shares them.
@@ -83,10 +96,15 @@ impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         let metrics = Self {
-            fuse_requests: counters(&registry, "fuse_requests_total", "Messages of the kernel, by operation", &["op"]),
+            fuse_requests: counters(
+                &registry,
+                "narlake_mountd_fuse_requests_total",
+                "Messages of the kernel, by operation",
+                &["op"],
+            ),
             fuse_errors: counters(
                 &registry,
-                "fuse_errors_total",
+                "narlake_mountd_fuse_errors_total",
                 "Operations that ended in an error other than no such entry, by operation",
                 &["op"],
             ),
@@ -94,7 +112,7 @@ impl Metrics {
                 &registry,
                 HistogramVec::new(
                     HistogramOpts::new(
-                        full("fuse_duration_seconds"),
+                        "narlake_mountd_fuse_duration_seconds",
                         "Time from an operation's arrival to its answer, by operation",
                     )
                     .buckets(SECONDS.to_vec()),
@@ -103,56 +121,97 @@ impl Metrics {
             ),
             deadline_expirations: counter(
                 &registry,
-                "deadline_expirations_total",
+                "narlake_mountd_deadline_expirations_total",
                 "Operations that ran into their deadline",
             ),
-            read_bytes: counter(&registry, "read_bytes_total", "Bytes answered to reads"),
-            cache_hit_bytes: counter(&registry, "cache_hit_bytes_total", "Bytes read from the local cache"),
-            cache_fill_bytes: counter(&registry, "cache_fill_bytes_total", "Bytes of file content fetched"),
-            cache_bytes: gauge(&registry, "cache_bytes", "Bytes the cache has on disk"),
-            cache_limit_bytes: gauge(&registry, "cache_limit_bytes", "Most bytes the cache may have on disk"),
-            cache_files: gauge(&registry, "cache_files", "Files in the cache, complete or not"),
-            cache_evictions: counter(&registry, "cache_evictions_total", "Files evicted from the cache"),
+            read_bytes: counter(&registry, "narlake_mountd_read_bytes_total", "Bytes answered to reads"),
+            cache_hit_bytes: counter(
+                &registry,
+                "narlake_mountd_cache_hit_bytes_total",
+                "Bytes read from the local cache",
+            ),
+            cache_fill_bytes: counter(
+                &registry,
+                "narlake_mountd_cache_fill_bytes_total",
+                "Bytes of file content fetched",
+            ),
+            cache_bytes: gauge(&registry, "narlake_mountd_cache_bytes", "Bytes the cache has on disk"),
+            cache_limit_bytes: gauge(
+                &registry,
+                "narlake_mountd_cache_limit_bytes",
+                "Most bytes the cache may have on disk",
+            ),
+            cache_files: gauge(&registry, "narlake_mountd_cache_files", "Files in the cache, complete or not"),
+            cache_evictions: counter(&registry, "narlake_mountd_cache_evictions_total", "Files evicted from the cache"),
             cache_not_kept: counter(
                 &registry,
-                "cache_not_kept_total",
+                "narlake_mountd_cache_not_kept_total",
                 "Fills that were served and could not be kept, a full disk for one",
             ),
-            cache_damaged: counter(&registry, "cache_damaged_total", "Cached files found damaged, and fetched anew"),
+            cache_damaged: counter(
+                &registry,
+                "narlake_mountd_cache_damaged_total",
+                "Cached files found damaged, and fetched anew",
+            ),
             remote_requests: counters(
                 &registry,
-                "remote_requests_total",
+                "narlake_mountd_remote_requests_total",
                 "Requests to the server, by what for and how they ended",
                 &["what", "result"],
             ),
-            remote_received_bytes: counter(&registry, "remote_received_bytes_total", "Bytes received from the server"),
-            remote_seconds: histogram(&registry, "remote_duration_seconds", "Time of one request to the server"),
+            remote_received_bytes: counter(
+                &registry,
+                "narlake_mountd_remote_received_bytes_total",
+                "Bytes received from the server",
+            ),
+            remote_seconds: histogram(
+                &registry,
+                "narlake_mountd_remote_duration_seconds",
+                "Time of one request to the server",
+            ),
             records_untrusted: counter(
                 &registry,
-                "records_untrusted_total",
+                "narlake_mountd_records_untrusted_total",
                 "Path records refused because no trusted key signed them",
             ),
-            objects: gauge(&registry, "objects", "Store objects that have a nodeid"),
-            trees_loaded: counter(&registry, "trees_loaded_total", "Trees of store objects loaded from manifests"),
+            objects: gauge(&registry, "narlake_mountd_objects", "Store objects that have a nodeid"),
+            trees_loaded: counter(
+                &registry,
+                "narlake_mountd_trees_loaded_total",
+                "Trees of store objects loaded from manifests",
+            ),
             negative_names: gauge(
                 &registry,
-                "negative_names",
+                "narlake_mountd_negative_names",
                 "Names that the kernel was told do not exist, and that are remembered",
             ),
-            overlays: gauge(&registry, "overlays", "Overlays over the mount"),
-            overlay_refreshes: counter(&registry, "overlay_refreshes_total", "Refreshes of overlays"),
+            overlays: gauge(&registry, "narlake_mountd_overlays", "Overlays over the mount"),
+            overlay_refreshes: counter(&registry, "narlake_mountd_overlay_refreshes_total", "Refreshes of overlays"),
             paths_healed: counter(
                 &registry,
-                "paths_healed_total",
+                "narlake_mountd_paths_healed_total",
                 "Paths made visible after the kernel had been told they do not exist",
             ),
-            nix_connections: gauge(&registry, "nix_connections", "Connections to the Nix socket"),
-            nix_requests: counters(&registry, "nix_requests_total", "Requests on the Nix socket, by operation", &["op"]),
-            nix_errors: counter(&registry, "nix_errors_total", "Requests on the Nix socket answered with an error"),
-            ensure_seconds: histogram(&registry, "ensure_duration_seconds", "Time from an ensure to its answer"),
+            nix_connections: gauge(&registry, "narlake_mountd_nix_connections", "Connections to the Nix socket"),
+            nix_requests: counters(
+                &registry,
+                "narlake_mountd_nix_requests_total",
+                "Requests on the Nix socket, by operation",
+                &["op"],
+            ),
+            nix_errors: counter(
+                &registry,
+                "narlake_mountd_nix_errors_total",
+                "Requests on the Nix socket answered with an error",
+            ),
+            ensure_seconds: histogram(
+                &registry,
+                "narlake_mountd_ensure_duration_seconds",
+                "Time from an ensure to its answer",
+            ),
             server_up: register(
                 &registry,
-                Gauge::new(full("server_up"), "1 while the server answers, 0 after it did not"),
+                Gauge::new("narlake_mountd_server_up", "1 while the server answers, 0 after it did not"),
             ),
             registry,
         };
@@ -193,10 +252,6 @@ impl Default for Metrics {
     }
 }
 
-fn full(name: &str) -> String {
-    format!("narlake_mountd_{name}")
-}
-
 /// Registers a metric. Names are written here, once each: a clash is a mistake of ours that any test meets.
 fn register<T: prometheus::core::Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<T>) -> T {
     let metric = metric.unwrap_or_else(|error| panic!("define metric: {error}"));
@@ -205,17 +260,17 @@ fn register<T: prometheus::core::Collector + Clone + 'static>(registry: &Registr
 }
 
 fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
-    register(registry, IntCounter::new(full(name), help))
+    register(registry, IntCounter::new(name, help))
 }
 
 fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-    register(registry, IntCounterVec::new(Opts::new(full(name), help), labels))
+    register(registry, IntCounterVec::new(Opts::new(name, help), labels))
 }
 
 fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
-    register(registry, IntGauge::new(full(name), help))
+    register(registry, IntGauge::new(name, help))
 }
 
 fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
-    register(registry, Histogram::with_opts(HistogramOpts::new(full(name), help).buckets(SECONDS.to_vec())))
+    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(SECONDS.to_vec())))
 }

@@ -25,7 +25,11 @@ const CONNECTIONS_MAX: usize = 16;
 ///
 /// # Errors
 /// When the address cannot be listened on.
-pub async fn serve(address: SocketAddr, metrics: Metrics, stop: CancellationToken) -> std::io::Result<impl Future<Output = ()>> {
+pub async fn serve(
+    address: SocketAddr,
+    metrics: Metrics,
+    stop: CancellationToken,
+) -> std::io::Result<impl Future<Output = ()>> {
     let listener = TcpListener::bind(address).await?;
     Ok(async move {
         let tracker = TaskTracker::new();
@@ -105,7 +109,9 @@ mod tests {
     #[test]
     fn the_page_has_every_metric() {
         let page = String::from_utf8(Metrics::new().page()).unwrap();
-        for name in ["cache_bytes", "fuse_requests_total", "read_bytes_total", "server_up", "deadline_expirations_total"] {
+        for name in
+            ["cache_bytes", "fuse_requests_total", "read_bytes_total", "server_up", "deadline_expirations_total"]
+        {
             assert!(page.contains(&format!("# TYPE narlake_mountd_{name} ")), "{name}");
         }
         assert!(page.contains("narlake_mountd_fuse_requests_total{op=\"lookup\"} 0"));

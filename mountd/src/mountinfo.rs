@@ -23,7 +23,8 @@ impl MountInfo {
     #[must_use]
     pub fn option(&self, name: &str) -> Option<PathBuf> {
         let prefix = format!("{name}=");
-        let value = self.options.split(|byte| *byte == b',').find_map(|option| option.strip_prefix(prefix.as_bytes()))?;
+        let value =
+            self.options.split(|byte| *byte == b',').find_map(|option| option.strip_prefix(prefix.as_bytes()))?;
         Some(PathBuf::from(OsString::from_vec(unescape(value))))
     }
 }

@@ -139,7 +139,12 @@ impl Overlays {
     ///
     /// # Errors
     /// When it would hurt, or the kernel refuses.
-    pub async fn up(self: &Arc<Self>, upper: PathBuf, work: PathBuf, merged: PathBuf) -> Result<OverlayInfo, OverlayError> {
+    pub async fn up(
+        self: &Arc<Self>,
+        upper: PathBuf,
+        work: PathBuf,
+        merged: PathBuf,
+    ) -> Result<OverlayInfo, OverlayError> {
         let _turn = self.changing.lock().await;
         let this = Arc::clone(self);
         blocking(move || {
@@ -337,8 +342,7 @@ impl Overlays {
 
     /// What Nix needs to use the overlay as its store.
     fn store_uri(&self, merged: &Path, upper: &Path) -> String {
-        let lower =
-            format!("unix://{}%3Freal={}", self.own.nix_socket.display(), self.own.lower.display());
+        let lower = format!("unix://{}%3Freal={}", self.own.nix_socket.display(), self.own.lower.display());
         // On the store directory itself, or in a chroot at the same place below it.
         let root = merged.to_str().and_then(|merged| merged.strip_suffix(self.own.store_dir.as_str()));
         let place = match root {

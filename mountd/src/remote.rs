@@ -355,7 +355,11 @@ impl BlobSource for Remote {
             let response = self.send(Method::POST, "locate", body, None).await?;
             let answer: LocateResponse = json(self.body(response, max).await?)?;
             let locations = answer.locations().map_err(Cause::Format)?;
-            if locations.len() == ids.len() { Ok(locations) } else { Err(Cause::Incomplete("not all ids are answered")) }
+            if locations.len() == ids.len() {
+                Ok(locations)
+            } else {
+                Err(Cause::Incomplete("not all ids are answered"))
+            }
         });
         Ok(located.await?)
     }

@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use narlake_format::lake::config::Document;
 use futures::TryStreamExt;
+use narlake_format::lake::config::Document;
 use object_store::aws::AmazonS3Builder;
 use object_store::limit::LimitStore;
 use object_store::local::LocalFileSystem;
@@ -151,7 +151,9 @@ impl Bucket {
         let name = format!("s3 bucket {}", settings.bucket);
         let store = builder.build().map_err(|e| bucket_error("open", &name, e))?;
         Ok(match &settings.prefix {
-            Some(prefix) => Self::stacked(object_store::prefix::PrefixStore::new(store, prefix.as_str()), name, metrics),
+            Some(prefix) => {
+                Self::stacked(object_store::prefix::PrefixStore::new(store, prefix.as_str()), name, metrics)
+            }
             None => Self::stacked(store, name, metrics),
         })
     }
@@ -384,9 +386,10 @@ fn bucket_error(operation: &'static str, key: &str, error: object_store::Error) 
         E::NotFound { .. } => ErrorKind::NotFound,
         E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => ErrorKind::Conflict,
         E::PermissionDenied { .. } | E::Unauthenticated { .. } => ErrorKind::Denied,
-        E::InvalidPath { .. } | E::NotSupported { .. } | E::NotImplemented { .. } | E::UnknownConfigurationKey { .. } => {
-            ErrorKind::Invalid
-        }
+        E::InvalidPath { .. }
+        | E::NotSupported { .. }
+        | E::NotImplemented { .. }
+        | E::UnknownConfigurationKey { .. } => ErrorKind::Invalid,
         other => retry::io_cause(other).map_or(ErrorKind::Unavailable, crate::error::io_kind),
     };
     Error::Bucket { operation, key: key.to_owned(), kind, source: Box::new(error) }

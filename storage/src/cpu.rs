@@ -30,10 +30,11 @@ impl CpuPool {
             let queue = Arc::clone(&queue);
             std::thread::Builder::new().name(format!("compress-{n}")).spawn(move || work(&queue, zstd_level))
         };
-        let threads = (0..threads)
-            .map(spawn)
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|e| Error::State { operation: "start", path: "compression threads".to_owned(), source: e })?;
+        let threads = (0..threads).map(spawn).collect::<std::io::Result<Vec<_>>>().map_err(|e| Error::State {
+            operation: "start",
+            path: "compression threads".to_owned(),
+            source: e,
+        })?;
         Ok(Self { jobs: Some(jobs), threads })
     }
 

@@ -76,7 +76,8 @@ pub(crate) fn nar(
     strings: &StringTable,
     path: String,
 ) -> impl Stream<Item = Result<Bytes, Error>> + Send + use<> {
-    let mut assembler = Assembler { restorer: Restorer::new(strings), strings: strings.clone(), writer: Writer::new(), path };
+    let mut assembler =
+        Assembler { restorer: Restorer::new(strings), strings: strings.clone(), writer: Writer::new(), path };
     stretches(fetcher.clone(), manifest)
         .map(move |stretch| {
             let fetcher = fetcher.clone();
@@ -189,7 +190,9 @@ impl Assembler {
                     let start = out.len();
                     self.writer.event(Event::Data(&chunk), &mut out)?;
                     let written = out.get_mut(start..).unwrap_or_default();
-                    self.restorer.chunk(written, patches).map_err(|e| Error::Format { key: self.path.clone(), source: e })?;
+                    self.restorer
+                        .chunk(written, patches)
+                        .map_err(|e| Error::Format { key: self.path.clone(), source: e })?;
                     continue;
                 }
             };

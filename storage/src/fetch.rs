@@ -183,7 +183,11 @@ impl Fetcher {
         }
     }
 
-    async fn bounded<T>(&self, first: Option<&BlobId>, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    async fn bounded<T>(
+        &self,
+        first: Option<&BlobId>,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         let deadline = self.inner.settings.deadline;
         tokio::time::timeout(deadline, work).await.unwrap_or_else(|_| {
             Err(Error::Deadline {

@@ -24,6 +24,7 @@ use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use crate::bucket::Bucket;
 use crate::config::Settings;
 use crate::error::Error;
+use crate::export;
 use crate::fetch::{BlobSource, Fetcher};
 use crate::index::Index;
 use crate::ingest::{Ingested, Intake};
@@ -36,7 +37,6 @@ use crate::publish::{Publication, Published};
 use crate::records::{Cache, Records};
 use crate::source::BucketSource;
 use crate::upload::{UploadName, Uploads, found};
-use crate::export;
 
 /// An open lake. Cheap to clone; clones share everything.
 #[derive(Clone)]
@@ -199,12 +199,21 @@ impl Lake {
         cache: &Cache,
         record: &PathRecord,
     ) -> Result<impl Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
-        let fetcher = self.fetcher(cache.domain());
-        // A damaged copy may still do for what is asked of it; what is read is verified.
-        export::check_complete(&fetcher, Manifest::open(&fetcher, &record.manifest()).await?, |_| true).await?;
+        self.check_complete(cache, record).await?;
         let strings = self.strings_in(cache.domain(), record).await?;
         self.inner.metrics.export_nar_bytes.inc_by(record.info().nar_size);
         self.nar_of(cache.domain(), record.manifest(), &strings).await
+    }
+
+    /// Looks up every blob of a path: whether its NAR can be given out.
+    ///
+    /// # Errors
+    /// `Corrupt` where content is missing, the bucket's own otherwise.
+    pub async fn check_complete(&self, cache: &Cache, record: &PathRecord) -> Result<(), Error> {
+        let fetcher = self.fetcher(cache.domain());
+        let manifest = Manifest::open(&fetcher, &record.manifest()).await?;
+        // A damaged copy may still do for what is asked of it; what is read is verified.
+        export::check_complete(&fetcher, manifest, |_| true).await
     }
 
     /// The records of the closure of `roots`, references before those who refer to them where there is no cycle; and
@@ -221,7 +230,8 @@ impl Lake {
         let mut missing = Vec::new();
         let mut order = Vec::new();
         // Depth first with a stack of our own: a chain of references can be longer than a thread's stack.
-        let mut stack: Vec<(StorePathHash, Option<Arc<PathRecord>>)> = roots.iter().rev().map(|root| (*root, None)).collect();
+        let mut stack: Vec<(StorePathHash, Option<Arc<PathRecord>>)> =
+            roots.iter().rev().map(|root| (*root, None)).collect();
         while let Some((hash, visited)) = stack.pop() {
             if let Some(record) = visited {
                 order.push(record);
@@ -238,7 +248,9 @@ impl Lake {
                 continue;
             };
             stack.push((hash, Some(Arc::clone(&record))));
-            stack.extend(record.info().references.iter().rev().map(|r| (r.hash, None)).filter(|(h, _)| !seen.contains(h)));
+            stack.extend(
+                record.info().references.iter().rev().map(|r| (r.hash, None)).filter(|(h, _)| !seen.contains(h)),
+            );
         }
         Ok((order, missing))
     }

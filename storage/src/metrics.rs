@@ -126,10 +126,8 @@ impl Metrics {
             packs_written: register.counter("narlake_packs_written_total", "Packs written."),
             packs_written_bytes: register.counter("narlake_packs_written_bytes_total", "Bytes of packs written."),
             export_nar_bytes: register.counter("narlake_export_nar_bytes_total", "NAR bytes assembled and given out."),
-            verification_failures: register.counter(
-                "narlake_verification_failures_total",
-                "Content that did not verify when it was read.",
-            ),
+            verification_failures: register
+                .counter("narlake_verification_failures_total", "Content that did not verify when it was read."),
             index_blobs: register.gauge("narlake_index_blobs", "Chunks, parts and tables that the index finds."),
             index_packs: register.gauge("narlake_index_packs", "Packs that the index covers."),
             index_rebuilds: register.counter(

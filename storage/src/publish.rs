@@ -81,7 +81,7 @@ impl Publication<'_> {
     pub(crate) async fn run(self) -> Result<Published, Error> {
         let hash = self.info.store_path.hash;
         let _turn = self.lake.records().turn(&hash).await;
-        let published = match self.lake.records().from_bucket(self.cache, &hash).await {
+        let published = match self.lake.records().in_bucket(self.cache, &hash).await {
             Ok(Some(record)) => self.again(record).await?,
             Ok(None) => self.first().await?,
             // No generation of it can be read: this push heals it.
@@ -239,7 +239,7 @@ impl Publication<'_> {
         let others: Vec<_> = self.info.references.iter().filter(|reference| *reference != own).cloned().collect();
         futures::stream::iter(others)
             .map(|reference| async move {
-                match self.lake.records().from_bucket(self.cache, &reference.hash).await? {
+                match self.lake.records().in_bucket(self.cache, &reference.hash).await? {
                     Some(record) if record.info().store_path == reference => Ok(()),
                     _ => Err(self.rejected(Rejection::MissingReference(reference.to_string()))),
                 }

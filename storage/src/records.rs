@@ -5,7 +5,7 @@
 //! with it (docs/consistency.md, rules 2 and 3).
 //!
 //! Records seen are kept in memory and in the local state. What is not known locally is looked for in the bucket before
-//! anybody hears "no"; and whoever acknowledges a push asks the bucket itself ([`Records::from_bucket`]).
+//! anybody hears "no"; and whoever acknowledges a push asks the bucket itself ([`Records::in_bucket`]).
 
 use std::sync::Arc;
 
@@ -83,15 +83,19 @@ impl Records {
         if let Some(record) = self.memory.get(&(cache.id, *hash)) {
             return Ok(Some(record));
         }
-        if let Some(record) = self.from_state(cache, hash) {
+        if let Some(record) = self.in_state(cache, hash) {
             self.memory.insert((cache.id, *hash), Arc::clone(&record));
             return Ok(Some(record));
         }
-        self.from_bucket(cache, hash).await
+        self.in_bucket(cache, hash).await
     }
 
     /// The record of a path as the bucket has it now.
-    pub(crate) async fn from_bucket(&self, cache: &Cache, hash: &StorePathHash) -> Result<Option<Arc<PathRecord>>, Error> {
+    pub(crate) async fn in_bucket(
+        &self,
+        cache: &Cache,
+        hash: &StorePathHash,
+    ) -> Result<Option<Arc<PathRecord>>, Error> {
         let generations = self.generations(cache, hash).await?;
         let mut served: Option<&PathRecord> = None;
         for (_, record) in &generations {
@@ -154,7 +158,7 @@ impl Records {
         if generations.iter().any(|(other, theirs)| *other > key && !same_content(theirs, record)) {
             self.bucket.delete(&key).await?;
         }
-        match self.from_bucket(cache, &hash).await? {
+        match self.in_bucket(cache, &hash).await? {
             Some(served) => Ok((key, served)),
             None => Err(Error::Bucket {
                 operation: "read back",
@@ -203,7 +207,7 @@ impl Records {
         Ok(record)
     }
 
-    fn from_state(&self, cache: &Cache, hash: &StorePathHash) -> Option<Arc<PathRecord>> {
+    fn in_state(&self, cache: &Cache, hash: &StorePathHash) -> Option<Arc<PathRecord>> {
         let bytes = self.kv.records.get(&state_key(cache, hash)).ok()??;
         // Local state is derived: what does not check is as good as absent.
         self.parse(cache, hash, "local state", &bytes).ok().map(Arc::new)

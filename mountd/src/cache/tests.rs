@@ -131,7 +131,8 @@ fn partial_files_become_hot() {
 #[test]
 fn torn_partial_files_begin_anew() {
     let dir = tempfile::tempdir().unwrap();
-    let (data, map) = (dir.path().join("partial").join(id(7).to_string()), dir.path().join(format!("partial/{}.map", id(7))));
+    let (data, map) =
+        (dir.path().join("partial").join(id(7).to_string()), dir.path().join(format!("partial/{}.map", id(7))));
     let damages: [&dyn Fn(); 5] = [
         &|| File::options().write(true).open(&map).unwrap().set_len(25).unwrap(),
         &|| fs::write(&map, [0xff; 27]).unwrap(),

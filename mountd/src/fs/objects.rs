@@ -96,7 +96,8 @@ impl Objects {
             Some(record) if record.table() == key.table => Some(record),
             _ => self.view.find(&key.path).await.map_err(FsError::View)?,
         };
-        let inline = record.filter(|record| record.table() == key.table).and_then(|record| record.inline_table().cloned());
+        let inline =
+            record.filter(|record| record.table() == key.table).and_then(|record| record.inline_table().cloned());
         match inline {
             Some(table) => Ok(table),
             None => manifest::table(&self.fetcher, &key.table).await.map_err(FsError::Content),

@@ -258,7 +258,8 @@ impl TreeBuilder {
             ManifestEvent::Symlink { target, patches } => {
                 let index = number(self.tree.links.len())?;
                 self.node(Kind::Symlink, index)?;
-                let (target_start, patches_start) = (number(self.tree.targets.len())?, number(self.tree.patches.len())?);
+                let (target_start, patches_start) =
+                    (number(self.tree.targets.len())?, number(self.tree.patches.len())?);
                 self.tree.targets.extend_from_slice(target);
                 self.tree.patches.extend_from_slice(patches);
                 let (target_end, patches_end) = (number(self.tree.targets.len())?, number(self.tree.patches.len())?);

@@ -80,7 +80,8 @@ fn serve(dir: &Path, shim: Shim, device: std::os::fd::OwnedFd) -> Result<Served,
     config.n_threads = Some(THREADS);
     // A request that was read from a cloned descriptor would be lost with it.
     config.clone_fd = false;
-    let session = Session::from_fd(shim, device, SessionACL::All, config).map_err(kernel("agree with the kernel on"))?;
+    let session =
+        Session::from_fd(shim, device, SessionACL::All, config).map_err(kernel("agree with the kernel on"))?;
     let (end, ended) = watch::channel(false);
     let name = dir.display().to_string();
     let work = move || {

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{Overlays, Own, OverlayError};
+use super::{OverlayError, Overlays, Own};
 
 /// `OVERLAYFS_SUPER_MAGIC` of the kernel.
 const OVERLAY_MAGIC: i64 = 0x794c_7630;
@@ -50,7 +50,10 @@ pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Resul
         return Err(refused(&plan.work, "and the upper directory must not lie in each other"));
     }
     if is_overlay(&plan.upper) {
-        return Err(refused(&plan.upper, "lies on an overlay itself, which the kernel refuses; use a plain file system"));
+        return Err(refused(
+            &plan.upper,
+            "lies on an overlay itself, which the kernel refuses; use a plain file system",
+        ));
     }
     for needed in &own.directories {
         if canonical(needed)?.starts_with(&plan.merged) {

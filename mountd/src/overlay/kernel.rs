@@ -79,5 +79,8 @@ pub(super) fn look(upper: &Path, tree: &OwnedFd, name: &str) -> io::Result<Seen>
 
 /// Whether the daemon below an overlay is gone.
 pub(super) fn is_dead(merged: &Path) -> bool {
-    matches!(statat(CWD, merged.join(PROBE), AtFlags::SYMLINK_NOFOLLOW), Err(Errno::NOTCONN | Errno::IO | Errno::CONNABORTED))
+    matches!(
+        statat(CWD, merged.join(PROBE), AtFlags::SYMLINK_NOFOLLOW),
+        Err(Errno::NOTCONN | Errno::IO | Errno::CONNABORTED)
+    )
 }

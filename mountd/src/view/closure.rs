@@ -43,8 +43,7 @@ impl View {
         };
         let found: HashSet<StorePath> =
             closures.records.iter().map(|record| record.info().store_path.clone()).collect();
-        let missing: Vec<String> =
-            paths.iter().filter(|path| !found.contains(path)).map(ToString::to_string).collect();
+        let missing: Vec<String> = paths.iter().filter(|path| !found.contains(path)).map(ToString::to_string).collect();
         // One that the server called missing by its hash is in there by its name now.
         closures.missing.retain(|hash| !missing.iter().any(|path| path.starts_with(hash.as_str())));
         closures.missing.extend(missing);
@@ -56,7 +55,9 @@ impl View {
     /// Loads the closure of a path in the background, unless all it refers to is known.
     pub(super) fn prefetch(&self, record: &TrustedRecord) {
         let references = &record.info().references;
-        if references.iter().all(|path| self.inner.records.contains_key(&path.hash) || *path == record.info().store_path)
+        if references
+            .iter()
+            .all(|path| self.inner.records.contains_key(&path.hash) || *path == record.info().store_path)
         {
             return;
         }

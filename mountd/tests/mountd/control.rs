@@ -53,7 +53,9 @@ async fn a_session_of_the_command() {
     let ControlResponse::Status(status) = client.ask(ControlRequest::Status).await else { panic!() };
     assert_eq!((status.paths_known, status.objects, status.overlays.len()), (2, 2, 1));
     assert!(status.fetch_bytes > 50_000 && status.cache_files == 1 && status.cache_bytes >= 50_000, "{status:?}");
-    let ControlResponse::Evicted { bytes } = client.ask(ControlRequest::Evict { keep_bytes: 0 }).await else { panic!() };
+    let ControlResponse::Evicted { bytes } = client.ask(ControlRequest::Evict { keep_bytes: 0 }).await else {
+        panic!()
+    };
     assert!(bytes >= 50_000);
     let down = ControlRequest::OverlayDown { merged: info.merged, lazy: false };
     assert_eq!(client.ask(down.clone()).await, ControlResponse::Done);

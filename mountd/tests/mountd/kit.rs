@@ -5,7 +5,7 @@ use std::future::pending;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -229,13 +229,7 @@ impl World {
         path
     }
 
-    pub(crate) async fn push_as(
-        &self,
-        path: &StorePath,
-        node: &Node,
-        references: &[StorePath],
-        signers: &[SecretKey],
-    ) {
+    pub(crate) async fn push_as(&self, path: &StorePath, node: &Node, references: &[StorePath], signers: &[SecretKey]) {
         let (mut writer, mut bytes) = (Writer::new(), Vec::new());
         nar(node, &mut writer, &mut bytes);
         writer.finish().unwrap();
@@ -287,8 +281,7 @@ impl World {
         let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
         let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
         let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
-        let lazy =
-            LazyStore::new(view.clone(), nodes, &fetcher, Arc::clone(&cache), settings, &self.metrics);
+        let lazy = LazyStore::new(view.clone(), nodes, &fetcher, Arc::clone(&cache), settings, &self.metrics);
         Store { lazy, view, cache }
     }
 

@@ -1,7 +1,7 @@
 //! The Nix socket, byte for byte where Nix would notice.
 
-use std::os::unix::net::UnixStream;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -125,11 +125,27 @@ async fn the_triple_that_nix_asks_for_each_path() {
         let mut references = info.references.clone();
         references.sort();
         client.expect(&[
-            &last, &number(1), &string(""), &string(&info.nar_hash.to_hex()), &number(2),
-            &string(&absolute(&references[0])), &string(&absolute(&references[1])), &number(0),
-            &number(info.nar_size), &number(0), &number(1), &string(&info.signatures[0].to_string()), &string(""),
+            &last,
+            &number(1),
+            &string(""),
+            &string(&info.nar_hash.to_hex()),
+            &number(2),
+            &string(&absolute(&references[0])),
+            &string(&absolute(&references[1])),
+            &number(0),
+            &number(info.nar_size),
+            &number(0),
+            &number(1),
+            &string(&info.signatures[0].to_string()),
+            &string(""),
         ]);
-        client.send(&[&number(31), &number(2), &string(&absolute(&path)), &string(&absolute(&World::path("x"))), &number(0)]);
+        client.send(&[
+            &number(31),
+            &number(2),
+            &string(&absolute(&path)),
+            &string(&absolute(&World::path("x"))),
+            &number(0),
+        ]);
         client.expect(&[&last, &number(1), &string(&absolute(&path))]);
         client.send(&[&number(31), &number(0), &number(0)]);
         client.expect(&[&last, &number(0)]);

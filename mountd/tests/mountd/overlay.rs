@@ -192,7 +192,8 @@ async fn what_was_deleted_in_the_overlay_is_not_valid() {
         assert!(!at.exists());
         // As the kernel marks it.
         let mode = rustix::fs::Mode::empty();
-        rustix::fs::mknodat(rustix::fs::CWD, upper.join(&name), rustix::fs::FileType::CharacterDevice, mode, 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, upper.join(&name), rustix::fs::FileType::CharacterDevice, mode, 0)
+            .unwrap();
     })
     .await;
     world.push("deleted", &file(b"x"), &[]).await;
@@ -238,7 +239,9 @@ async fn overlays_of_others_are_adopted() {
     assert!(matches!(overlays.adopt(merged.clone()).await, Err(OverlayError::Unknown { .. })));
     let options = format!(
         "lowerdir={},upperdir={},workdir={},metacopy=on,redirect_dir=on",
-        mounted.mount.display(), base.join("upper").display(), base.join("work").display()
+        mounted.mount.display(),
+        base.join("upper").display(),
+        base.join("work").display()
     );
     let (data, target) = (std::ffi::CString::new(options).unwrap(), merged.clone());
     outside(move || mount("overlay", &target, "overlay", MountFlags::empty(), data.as_c_str()).unwrap()).await;
@@ -287,14 +290,17 @@ async fn dangerous_places_are_refused() {
     }
     let overlays = mounted.daemon.as_ref().unwrap().overlays().clone();
     let at = |name: &str| base.join(name);
-    let attempt = async |upper: PathBuf, work: PathBuf, merged: PathBuf| refusal(overlays.up(upper, work, merged).await);
+    let attempt =
+        async |upper: PathBuf, work: PathBuf, merged: PathBuf| refusal(overlays.up(upper, work, merged).await);
     let inside = mounted.at(&path).join("d");
     let own = "wait for itself";
     assert!(attempt(inside.clone(), at("work"), at("merged")).await.contains(own));
     assert!(attempt(at("upper"), inside.join("w"), at("merged")).await.contains(own));
     assert!(attempt(at("with,comma"), at("work"), at("merged")).await.contains("comma"));
     assert!(attempt(at("upper"), at("upper/work"), at("merged")).await.contains("in each other"));
-    assert!(attempt(at("upper"), PathBuf::from("/dev/shm/narlake-work"), at("merged")).await.contains("same file system"));
+    assert!(
+        attempt(at("upper"), PathBuf::from("/dev/shm/narlake-work"), at("merged")).await.contains("same file system")
+    );
     fs::remove_dir("/dev/shm/narlake-work").unwrap();
     assert!(attempt(at("upper"), at("work"), mounted.dir.clone()).await.contains("this daemon needs"));
     // Stacked too deep, or twice.
@@ -315,8 +321,12 @@ async fn one_more_overlay_fits_on_top() {
     for name in ["upper", "work", "merged"] {
         fs::create_dir_all(base.join(name)).unwrap();
     }
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", lower.display(), base.join("upper").display(), base.join("work").display());
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        base.join("upper").display(),
+        base.join("work").display()
+    );
     let (data, merged) = (std::ffi::CString::new(options).unwrap(), base.join("merged"));
     outside(move || {
         mount("overlay", &merged, "overlay", MountFlags::empty(), data.as_c_str()).unwrap();

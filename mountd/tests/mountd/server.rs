@@ -62,7 +62,8 @@ async fn absence_is_said_once_and_trouble_is_tried_again() {
     assert!(head.contains("authorization: bearer secret"), "{head}");
     // A restart is a delay: 503s, then a connection that breaks.
     let busy = answer("503 Service Unavailable", "", "later");
-    let (remote, count, _) = server(vec![busy.clone(), busy.clone(), b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), absent]).await;
+    let (remote, count, _) =
+        server(vec![busy.clone(), busy.clone(), b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), absent]).await;
     assert!(remote.lookup(&hash).await.unwrap().is_none());
     assert_eq!(count.load(Ordering::SeqCst), 4);
     // Until the time is up.
@@ -106,7 +107,8 @@ async fn closures_are_whole_or_nothing() {
 #[tokio::test]
 async fn ranges_are_exact() {
     let pack = "public/01j0000000000000000000000z".parse().unwrap();
-    let (remote, _, heads) = server(vec![answer("206 Partial Content", "content-range: bytes 5-8/99\r\n", "abcd")]).await;
+    let (remote, _, heads) =
+        server(vec![answer("206 Partial Content", "content-range: bytes 5-8/99\r\n", "abcd")]).await;
     assert_eq!(remote.read(&pack, 5..9).await.unwrap(), "abcd");
     assert!(heads.lock().await[0].to_ascii_lowercase().contains("range: bytes=5-8"));
     assert_eq!(remote.size(&pack).await.unwrap(), 99);

@@ -105,7 +105,9 @@ impl Program {
         let path = |name: &str| base.join(name).display().to_string();
         self.control(&format!(
             r#"{{"op":"overlay-up","upper":"{}","work":"{}","merged":"{}"}}"#,
-            path("upper"), path("work"), path("merged")
+            path("upper"),
+            path("work"),
+            path("merged")
         ))
     }
 }
@@ -195,10 +197,9 @@ fn a_second_one_is_refused() {
     let Some(mut program) = Program::new() else { return };
     program.start();
     let server = ["--server", "http://127.0.0.1:1", "--trusted-key", KEY];
-    for (flag, name, part) in [
-        ("--mount", "other", "in use by another daemon"),
-        ("--cache-dir", "other-cache", "mount point already"),
-    ] {
+    for (flag, name, part) in
+        [("--mount", "other", "in use by another daemon"), ("--cache-dir", "other-cache", "mount point already")]
+    {
         let mut command = program.command(&server);
         // A flag given twice is an error of its own, so the other one is replaced.
         let arguments: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();

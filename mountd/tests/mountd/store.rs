@@ -90,7 +90,10 @@ async fn every_kind_of_entry() {
         patched.splice(at..at, text.bytes());
     }
     let tree = dir([
-        ("bin", dir([("run", program(format!("#!{}/bin/sh\nexit 0\n", reference("shell-5")))), ("tool", program(b"x"))])),
+        (
+            "bin",
+            dir([("run", program(format!("#!{}/bin/sh\nexit 0\n", reference("shell-5")))), ("tool", program(b"x"))]),
+        ),
         ("empty", dir([])),
         ("empty-file", file(b"")),
         ("link", link("bin/run")),
@@ -99,7 +102,8 @@ async fn every_kind_of_entry() {
         ("patched", file(&patched)),
         ("small", file(b"hello\n")),
     ]);
-    check(&[tree, file(b"a file"), program(noise(3, 200_000)), link(reference("library-1.2")), dir([])], 128 * 1024).await;
+    check(&[tree, file(b"a file"), program(noise(3, 200_000)), link(reference("library-1.2")), dir([])], 128 * 1024)
+        .await;
 }
 
 #[tokio::test]

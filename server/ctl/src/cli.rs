@@ -309,7 +309,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn server_url(text: &str) -> Result<Url, String> {
-    let url = Url::parse(text).map_err(|error| format!("{error}; expected http://HOST[:PORT] or https://HOST[:PORT]"))?;
+    let url =
+        Url::parse(text).map_err(|error| format!("{error}; expected http://HOST[:PORT] or https://HOST[:PORT]"))?;
     if !matches!(url.scheme(), "http" | "https") || url.query().is_some() || url.fragment().is_some() {
         return Err("expected http://HOST[:PORT] or https://HOST[:PORT]".to_owned());
     }

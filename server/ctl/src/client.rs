@@ -71,8 +71,9 @@ impl Client {
         if !base.path().ends_with('/') {
             base.set_path(&format!("{}/", url.path()));
         }
-        let mut builder =
-            reqwest::Client::builder().connect_timeout(CONNECT).user_agent(concat!("narlake/", env!("CARGO_PKG_VERSION")));
+        let mut builder = reqwest::Client::builder()
+            .connect_timeout(CONNECT)
+            .user_agent(concat!("narlake/", env!("CARGO_PKG_VERSION")));
         if base.scheme() == "http" {
             // Without TLS no certificates are needed, and a host that has none is no reason to fail.
             builder = builder.tls_certs_only([]);

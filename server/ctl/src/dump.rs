@@ -162,12 +162,14 @@ struct Dumper<'a> {
 
 impl Dumper<'_> {
     fn node(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<(), DumpError> {
-        let stat = rustix::fs::statat(parent, name.as_c_str(), AtFlags::SYMLINK_NOFOLLOW).map_err(|error| self.system("stat", error))?;
+        let stat = rustix::fs::statat(parent, name.as_c_str(), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| self.system("stat", error))?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => self.directory(parent, name),
             FileType::RegularFile => self.file(parent, name),
             FileType::Symlink => {
-                let target = rustix::fs::readlinkat(parent, name.as_c_str(), Vec::new()).map_err(|error| self.system("read link", error))?;
+                let target = rustix::fs::readlinkat(parent, name.as_c_str(), Vec::new())
+                    .map_err(|error| self.system("read link", error))?;
                 self.event(Event::Symlink { target: target.as_bytes() })
             }
             kind => Err(DumpError::Kind { path: self.path.clone(), kind: kind_name(kind) }),
@@ -302,6 +304,8 @@ const fn kind_name(kind: FileType) -> &'static str {
         FileType::Socket => "socket",
         FileType::CharacterDevice => "character device",
         FileType::BlockDevice => "block device",
-        FileType::RegularFile | FileType::Directory | FileType::Symlink | FileType::Unknown => "file of an unknown kind",
+        FileType::RegularFile | FileType::Directory | FileType::Symlink | FileType::Unknown => {
+            "file of an unknown kind"
+        }
     }
 }

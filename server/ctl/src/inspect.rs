@@ -72,7 +72,10 @@ pub fn run(options: &InspectOptions, output: &Output) -> anyhow::Result<Verdict>
 }
 
 /// Reads a file that is held in memory, as this format.
-fn inspect(bytes: &[u8], format: Format, options: &InspectOptions) -> anyhow::Result<Finding> {
+///
+/// # Errors
+/// When it is not of that format, or damaged.
+pub fn inspect(bytes: &[u8], format: Format, options: &InspectOptions) -> anyhow::Result<Finding> {
     match format {
         Format::Nar => nar::inspect(&mut &*bytes, options.entries),
         Format::Narinfo => text::narinfo(bytes),

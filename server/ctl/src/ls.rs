@@ -4,8 +4,8 @@ use std::io::{self, IsTerminal as _, Write};
 
 use serde::Serialize;
 
-use crate::client::Client;
 use crate::cli::LsOptions;
+use crate::client::Client;
 use crate::output::{Output, Report, printable};
 use crate::tree::Node;
 use crate::{UsageError, Verdict, object};

@@ -7,9 +7,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
-use narlake_cli::{
-    UsageError, Verdict, cat, completions, ensure, inspect, ls, overlay, push, status,
-};
+use narlake_cli::{UsageError, Verdict, cat, completions, ensure, inspect, ls, overlay, push, status};
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
 const FAILED: u8 = 1;

@@ -76,7 +76,11 @@ impl Output {
     /// Progress over bytes of which nobody knows how many there are.
     #[must_use]
     pub fn counter(&self, what: &'static str) -> Progress {
-        Progress(self.bar("{prefix:>9} {spinner} {binary_bytes} {binary_bytes_per_sec} {msg}", what, ProgressBar::no_length()))
+        Progress(self.bar(
+            "{prefix:>9} {spinner} {binary_bytes} {binary_bytes_per_sec} {msg}",
+            what,
+            ProgressBar::no_length(),
+        ))
     }
 
     fn bar(&self, template: &str, what: &'static str, bar: ProgressBar) -> ProgressBar {

@@ -37,13 +37,16 @@ struct Done {
 /// When mountd cannot be reached or refuses.
 pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Verdict> {
     let (control, request) = match &options.command {
-        OverlayCommand::Up { upper, work, merged, control } => {
-            (control, ControlRequest::OverlayUp { upper: absolute(upper)?, work: absolute(work)?, merged: absolute(merged)? })
-        }
+        OverlayCommand::Up { upper, work, merged, control } => (
+            control,
+            ControlRequest::OverlayUp { upper: absolute(upper)?, work: absolute(work)?, merged: absolute(merged)? },
+        ),
         OverlayCommand::Down { merged, lazy, control } => {
             (control, ControlRequest::OverlayDown { merged: absolute(merged)?, lazy: *lazy })
         }
-        OverlayCommand::Adopt { merged, control } => (control, ControlRequest::OverlayAdopt { merged: absolute(merged)? }),
+        OverlayCommand::Adopt { merged, control } => {
+            (control, ControlRequest::OverlayAdopt { merged: absolute(merged)? })
+        }
         OverlayCommand::Refresh { merged, control } => {
             (control, ControlRequest::Refresh { merged: merged.as_deref().map(absolute).transpose()? })
         }

@@ -80,9 +80,12 @@ impl PushError {
     pub fn advice(&self) -> Option<String> {
         match self {
             Self::Failed { message, .. } if message.contains("is not valid") => Some(
-                "Nix does not know that path; --by-content adds what is there as a new path, without references".to_owned(),
+                "Nix does not know that path; --by-content adds what is there as a new path, without references"
+                    .to_owned(),
             ),
-            Self::Run { .. } | Self::Late { .. } | Self::Failed { .. } | Self::Output { .. } | Self::Unknown { .. } => None,
+            Self::Run { .. } | Self::Late { .. } | Self::Failed { .. } | Self::Output { .. } | Self::Unknown { .. } => {
+                None
+            }
         }
     }
 }
@@ -188,7 +191,8 @@ pub async fn run(options: &PushOptions, output: &Output) -> anyhow::Result<Verdi
         _ => Vec::new(),
     };
 
-    let mut all: Vec<StorePath> = closure.iter().chain(sources.iter().map(|object| &object.info.store_path)).cloned().collect();
+    let mut all: Vec<StorePath> =
+        closure.iter().chain(sources.iter().map(|object| &object.info.store_path)).cloned().collect();
     all.sort_unstable();
     all.dedup();
     let missing = client.missing(&all).await?;
@@ -230,7 +234,10 @@ fn target(
     let Target::InStore(store_path) = &target else { return Ok(target) };
     if nix.is_some() {
         if options.name.is_some() {
-            bail!("{} is a store path and keeps its name; leave out --name, or add --by-content", store_path.display_in(dir));
+            bail!(
+                "{} is a store path and keeps its name; leave out --name, or add --by-content",
+                store_path.display_in(dir)
+            );
         }
         return Ok(target);
     }

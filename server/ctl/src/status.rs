@@ -133,7 +133,13 @@ fn print_worker(status: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         ("server", format!("{} {up}", text(&status.server))),
         ("trusted keys", if keys.is_empty() { "none".to_owned() } else { keys.join(" ") }),
         ("Nix socket", Shown(&status.nix_socket).to_string()),
-        ("known", format!("{} paths, {} with a nodeid, {} names denied", status.paths_known, status.objects, status.negative_names)),
+        (
+            "known",
+            format!(
+                "{} paths, {} with a nodeid, {} names denied",
+                status.paths_known, status.objects, status.negative_names
+            ),
+        ),
         ("fetched", format!("{} in {} requests", size(status.fetch_bytes), status.fetch_requests)),
         (
             "cache",
@@ -158,6 +164,7 @@ fn print_worker(status: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
 
 fn kernel(requests: &[(String, u64)]) -> String {
     let total: u64 = requests.iter().map(|(_, count)| count).sum();
-    let each: Vec<String> = requests.iter().map(|(name, count)| format!("{} {count}", printable(name.as_bytes()))).collect();
+    let each: Vec<String> =
+        requests.iter().map(|(name, count)| format!("{} {count}", printable(name.as_bytes()))).collect();
     if each.is_empty() { "0 messages".to_owned() } else { format!("{total} messages: {}", each.join(", ")) }
 }

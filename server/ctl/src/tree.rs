@@ -68,7 +68,9 @@ impl TreeBuilder {
                 let entries = self.open.pop().unwrap_or_default();
                 self.place(Node::Directory(entries));
             }
-            Event::File { executable, size } => self.place(Node::File { executable, size, nar_offset: Some(nar_offset) }),
+            Event::File { executable, size } => {
+                self.place(Node::File { executable, size, nar_offset: Some(nar_offset) })
+            }
             Event::Symlink { target } => self.place(Node::Symlink { target: target.to_vec() }),
             Event::Data(_) | Event::EndFile => {}
         }
@@ -179,7 +181,9 @@ impl<'a> Walk<'a> {
             }
             let Some(name) = names.pop_front() else {
                 return match stack.last() {
-                    Some((node, _)) if !(self.follow_last && matches!(node, Node::Symlink { .. })) => Ok(Found::Here(node)),
+                    Some((node, _)) if !(self.follow_last && matches!(node, Node::Symlink { .. })) => {
+                        Ok(Found::Here(node))
+                    }
                     Some(_) => continue,
                     None => Err(self.outside(&stack, self.dir.as_str())),
                 };

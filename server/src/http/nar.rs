@@ -157,8 +157,7 @@ pub async fn head(
     }
     let found = find(&shared, &cache, &file, name).await?;
     let answer = Answer::to(&found, &headers);
-    // Only to learn whether it is complete.
-    drop(shared.lake.export(&cache, &found.record).await?);
+    shared.lake.check_complete(&cache, &found.record).await?;
     Ok(answer.response(Body::empty()))
 }
 

@@ -18,8 +18,8 @@ use narlake_storage::Clock as _;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt as _, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
 };
 
 use crate::clock::SimClock;
@@ -188,7 +188,11 @@ impl FaultStore {
         }
     }
 
-    fn listing(&self, name: String, listed: BoxStream<'static, Result<ObjectMeta>>) -> BoxStream<'static, Result<ObjectMeta>> {
+    fn listing(
+        &self,
+        name: String,
+        listed: BoxStream<'static, Result<ObjectMeta>>,
+    ) -> BoxStream<'static, Result<ObjectMeta>> {
         let contents = self.contents.clone();
         let fate = match self.fate(name, &[Fault::Reset]) {
             Ok(fate) => fate,
@@ -303,7 +307,8 @@ impl ObjectStore for FaultStore {
                 let store = store.clone();
                 async move {
                     let location = location?;
-                    let fate = store.arrive(format!("delete {location}"), &[Fault::After, Fault::Slow, Fault::Stuck]).await?;
+                    let fate =
+                        store.arrive(format!("delete {location}"), &[Fault::After, Fault::Slow, Fault::Stuck]).await?;
                     let one = futures::stream::iter([Ok(location.clone())]).boxed();
                     store.contents.memory.delete_stream(one).try_collect::<Vec<_>>().await?;
                     store.answer(fate, location).await

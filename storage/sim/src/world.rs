@@ -10,7 +10,6 @@ use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::StorePathHash;
 
-
 use narlake_storage::{Bucket, Cache, Components, Error, ErrorKind, Ingested, Lake, Metrics, Published, Settings};
 use object_store::path::Path;
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
@@ -109,9 +108,7 @@ impl World {
         let store = FaultStore::new(self.contents.clone(), plan);
         let state_dir = self.state_dir(state);
         let runtime = runtime();
-        let result = runtime.block_on(async {
-            Ok(scenario(self.actor(&store, state_dir).await?).await)
-        });
+        let result = runtime.block_on(async { Ok(scenario(self.actor(&store, state_dir).await?).await) });
         let crashed = store.crashed();
         // Whatever still runs must not reach the bucket any more.
         store.crash();
@@ -225,7 +222,8 @@ impl World {
         futures::executor::block_on(async {
             let mut found = Vec::new();
             for meta in memory.list(None).try_collect::<Vec<_>>().await.expect("memory lists") {
-                let bytes = memory.get(&meta.location).await.expect("memory reads").bytes().await.expect("memory reads");
+                let bytes =
+                    memory.get(&meta.location).await.expect("memory reads").bytes().await.expect("memory reads");
                 found.push((meta.location.to_string(), bytes));
             }
             found

@@ -58,9 +58,8 @@ fn a_hit_on_a_pack_that_is_never_written_is_no_success() {
     model.trying(&first);
     model.trying(&second);
     let plan = Plan::First("put packs/", "", Fault::CrashBefore);
-    let life = world.life(plan, StateDir::Empty, async |actor: Actor| {
-        tokio::join!(actor.push(&first), actor.push_again(&second))
-    });
+    let life = world
+        .life(plan, StateDir::Empty, async |actor: Actor| tokio::join!(actor.push(&first), actor.push_again(&second)));
     let (first_pushed, second_pushed) = life.result.expect("opens");
     assert!(first_pushed.is_err() && second_pushed.is_err());
     world.check(&model);
@@ -83,7 +82,12 @@ fn the_first_of_two_servers_wins() {
         let pushed = world.two_servers(plan, async |late, prompt| {
             tokio::join!(late.push(&one), async {
                 sent(&late, "put caches/").await;
-                while !late.store.trace().iter().any(|request| request.name.contains("/paths/") && request.name.starts_with("put")) {
+                while !late
+                    .store
+                    .trace()
+                    .iter()
+                    .any(|request| request.name.contains("/paths/") && request.name.starts_with("put"))
+                {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 // On even seeds the late one's id is the older, on odd ones chance decides.

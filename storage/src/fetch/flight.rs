@@ -113,8 +113,7 @@ impl Flights {
                     Reads::Single => spans.into_iter().map(|span| (span.range(), vec![span])).collect(),
                 };
                 for (range, group) in groups {
-                    let keys: Vec<FrameKey> =
-                        group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
+                    let keys: Vec<FrameKey> = group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
                     let flight = Arc::clone(&self.shared).depart(pack, range, group);
                     flying.extend(keys.into_iter().map(|key| (key, flight.clone())));
                     waits.push(flight);
@@ -214,7 +213,8 @@ impl Tower {
         let footer = pack::read_footer(&keys::pack(&pack), size, |range| self.read(pack, range)).await?;
         let mut contents = Vec::new();
         for number in window.frames() {
-            let place = usize::try_from(number).ok().and_then(|n| footer.frames().get(n)).ok_or_else(|| short(&pack, 0))?.place;
+            let place =
+                usize::try_from(number).ok().and_then(|n| footer.frames().get(n)).ok_or_else(|| short(&pack, 0))?.place;
             let start = u64::from(place.offset);
             let stored = self.read(pack, start..start + u64::from(place.length)).await?;
             let at = format!("{} frame at {start}", keys::pack(&pack));

@@ -10,8 +10,8 @@ use narlake_format::lake::location::PackRef;
 use narlake_format::lake::pack::PackFooter;
 use narlake_format::lake::segment::Segment;
 
-use super::map::MappedFile;
 use super::Index;
+use super::map::MappedFile;
 use crate::bucket::{Bucket, ObjectInfo};
 use crate::error::{Error, ErrorKind};
 use crate::pack;

@@ -37,7 +37,8 @@ struct State {
 impl Outlet {
     pub(super) fn new(session: Session, cpu: Arc<CpuPool>) -> Self {
         let domain = session.domain();
-        let state = State { session: Some(session), appended: 0, waiting: BTreeMap::new(), packs: Vec::new(), bytes: 0 };
+        let state =
+            State { session: Some(session), appended: 0, waiting: BTreeMap::new(), packs: Vec::new(), bytes: 0 };
         let shared = Arc::new(Shared { state: Mutex::new(state), advanced: Condvar::new() });
         Self { cpu, domain, shared, submitted: 0 }
     }

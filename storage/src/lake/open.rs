@@ -40,7 +40,10 @@ impl Lake {
         metrics.bucket_conditional_create.set(i64::from(probe.conditional_create));
         metrics.bucket_clock_offset_seconds.set(probe.clock_offset_ms / 1000);
         if !probe.conditional_create {
-            tracing::warn!(bucket = bucket.name(), "the bucket overwrites where it should refuse; nothing relies on it");
+            tracing::warn!(
+                bucket = bucket.name(),
+                "the bucket overwrites where it should refuse; nothing relies on it"
+            );
         }
         let (lake, document) = lake_document(&bucket, &mint, &settings).await?;
         let info = LakeInfo {
@@ -56,8 +59,7 @@ impl Lake {
         let index = Index::open(&settings.state_dir, bucket.clone(), kv.clone(), mint.clone(), metrics.clone()).await?;
         let index = Arc::new(index);
         let seal_after = settings.seal_after;
-        let writer =
-            PackWriter::new(bucket.clone(), Arc::clone(&index), mint.clone(), metrics.clone(), seal_after);
+        let writer = PackWriter::new(bucket.clone(), Arc::clone(&index), mint.clone(), metrics.clone(), seal_after);
         let intake = Intake {
             store_dir: info.store_dir.clone(),
             nar_size_max: settings.nar_size_max,
@@ -69,8 +71,21 @@ impl Lake {
         let records = Records::new(info.store_dir.clone(), bucket.clone(), kv.clone(), mint.clone());
         let uploads = Uploads::new(bucket.clone(), mint.clone());
         let fetchers = Mutex::new(HashMap::new());
-        let inner =
-            Inner { info, settings, bucket, metrics, mint, kv, index, writer, intake, records, uploads, fetchers, _lock: lock };
+        let inner = Inner {
+            info,
+            settings,
+            bucket,
+            metrics,
+            mint,
+            kv,
+            index,
+            writer,
+            intake,
+            records,
+            uploads,
+            fetchers,
+            _lock: lock,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -101,7 +116,9 @@ impl Lake {
             None => (CacheId(self.inner.mint.ulid()), CacheDocument::new(name.clone(), Visibility::Public)),
         };
         let known = document.public_keys.len();
-        document.public_keys.extend(keys.iter().filter(|key| !document.public_keys.contains(key)).cloned().collect::<Vec<_>>());
+        document
+            .public_keys
+            .extend(keys.iter().filter(|key| !document.public_keys.contains(key)).cloned().collect::<Vec<_>>());
         if let Some(cache) = found
             && known == document.public_keys.len()
         {
@@ -166,7 +183,9 @@ async fn lake_document(bucket: &Bucket, mint: &Mint, settings: &Settings) -> Res
     let id = LakeId(mint.ulid());
     let document = LakeDocument::new(settings.store_dir.clone(), mint.now_ms() / 1000);
     bucket.put_new(&keys::lake(&id), document.encode()).await?;
-    smallest_lake(bucket).await?.ok_or_else(|| Error::Unusable("the lake document just written is not there".to_owned()))
+    smallest_lake(bucket)
+        .await?
+        .ok_or_else(|| Error::Unusable("the lake document just written is not there".to_owned()))
 }
 
 async fn smallest_lake(bucket: &Bucket) -> Result<Option<(LakeId, LakeDocument)>, Error> {

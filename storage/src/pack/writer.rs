@@ -203,7 +203,11 @@ impl Session {
         while domains.sealed >= SEALED_MAX {
             domains = shared.landed.wait(domains).unwrap_or_else(PoisonError::into_inner);
         }
-        let full = domains.by_domain.get(&self.domain).and_then(|d| d.open.as_ref()).is_some_and(|open| !open.builder.fits(&frame));
+        let full = domains
+            .by_domain
+            .get(&self.domain)
+            .and_then(|d| d.open.as_ref())
+            .is_some_and(|open| !open.builder.fits(&frame));
         if full {
             self.writer.seal(&mut domains, self.domain);
         }

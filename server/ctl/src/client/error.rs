@@ -157,7 +157,9 @@ impl ClientError {
             Self::Refused { status: 401 | 403, .. } => {
                 "give a token that the server knows, in a file with --token-file or in the variable NARLAKE_TOKEN"
             }
-            Self::Refused { status: 413, .. } => "the limits of the server are in its configuration (docs/configuration.md)",
+            Self::Refused { status: 413, .. } => {
+                "the limits of the server are in its configuration (docs/configuration.md)"
+            }
             Self::Refused { status: 507, .. } => "the server's disk is full",
             Self::Refused { status: 500..=599, .. } => "the server's log has the cause, under that request's id",
             _ => return None,

@@ -62,7 +62,8 @@ async fn ranges_are_cut_out_of_what_comes() {
 
 #[test]
 fn messages_of_servers() {
-    let check = |text: &str, expected: &str| assert_eq!(error::message(StatusCode::NOT_FOUND, text.as_bytes()), expected);
+    let check =
+        |text: &str, expected: &str| assert_eq!(error::message(StatusCode::NOT_FOUND, text.as_bytes()), expected);
     check("it is not here\n", "it is not here");
     check(r#"{"error":"no such path"}"#, "no such path");
     check(r#"{"error":"internal error","detail":"request 1-2"}"#, "internal error (request 1-2)");

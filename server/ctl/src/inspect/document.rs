@@ -58,7 +58,9 @@ fn value_of(json: Json) -> Value {
         Json::Bool(flag) => Value::Flag(flag),
         Json::Number(number) => number.as_u64().map_or_else(|| Value::text(&number), Value::Number),
         Json::String(text) => Value::Text(text),
-        Json::Array(items) => Value::list(items.iter().map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned))),
+        Json::Array(items) => {
+            Value::list(items.iter().map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned)))
+        }
         Json::Object(_) => Value::text(&json),
     }
 }

@@ -158,7 +158,8 @@ impl Table {
         let head = self.columns.iter().map(|name| name.replace('_', " "));
         let mut rows: Vec<Vec<String>> = vec![head.collect()];
         rows.extend(self.rows.iter().map(|row| row.iter().map(Value::show).collect()));
-        let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|text| text.chars().count()).max();
+        let width =
+            |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|text| text.chars().count()).max();
         let widths: Vec<usize> = (0..self.columns.len()).filter_map(width).collect();
         writeln!(out, "\n{}: {}", self.name.replace('_', " "), self.rows.len())?;
         for row in &rows {

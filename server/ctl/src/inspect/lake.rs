@@ -32,7 +32,8 @@ pub(super) fn pack(bytes: &[u8], entries: bool, deep: bool) -> anyhow::Result<Fi
         ("verified", Value::text(if deep { "every blob" } else { "footer" })),
     ];
     let frames = footer.frames().iter().map(|frame| {
-        let base = frame.base.map(|window| window.frames().map(|number| number.to_string()).collect::<Vec<_>>().join("+"));
+        let base =
+            frame.base.map(|window| window.frames().map(|number| number.to_string()).collect::<Vec<_>>().join("+"));
         vec![
             frame.place.number.into(),
             frame.place.offset.into(),
@@ -49,7 +50,13 @@ pub(super) fn pack(bytes: &[u8], entries: bool, deep: bool) -> anyhow::Result<Fi
         return Ok(finding);
     }
     let blobs = footer.blobs().iter().map(|blob| {
-        vec![Value::text(blob.id), Value::text(kind(blob.kind)), blob.frame.into(), blob.offset.into(), blob.length.into()]
+        vec![
+            Value::text(blob.id),
+            Value::text(kind(blob.kind)),
+            blob.frame.into(),
+            blob.offset.into(),
+            blob.length.into(),
+        ]
     });
     Ok(finding.with("blobs", &["id", "kind", "frame", "offset", "length"], blobs.collect()))
 }
@@ -252,6 +259,9 @@ impl PartTree {
 pub(super) fn strings(bytes: &[u8]) -> anyhow::Result<Finding> {
     let table = StringTable::decode(bytes)?;
     let facts = vec![("id", Value::text(TableId::of(bytes))), ("bytes", bytes.len().into())];
-    let rows = table.iter().zip(0_u32..).map(|(string, number)| vec![number.into(), Value::text(String::from_utf8_lossy(string))]);
+    let rows = table
+        .iter()
+        .zip(0_u32..)
+        .map(|(string, number)| vec![number.into(), Value::text(String::from_utf8_lossy(string))]);
     Ok(Finding::new("string table", facts).with("strings", &["number", "string"], rows.collect()))
 }

@@ -90,7 +90,8 @@ mod tests {
 
         let stored = Target::InStore(name.parse().unwrap());
         let itself = |file: &str| Target::File(root.join(file));
-        let check = |path: &str, expected: &Target| assert_eq!(&resolve(&dir, &root.join(path)).unwrap(), expected, "{path}");
+        let check =
+            |path: &str, expected: &Target| assert_eq!(&resolve(&dir, &root.join(path)).unwrap(), expected, "{path}");
         check(&format!("store/{name}"), &stored);
         check(&format!("store/{name}/bin"), &stored);
         check("result", &stored);

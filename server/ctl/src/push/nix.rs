@@ -192,9 +192,7 @@ pub fn parse_path_info(dir: &StoreDir, text: &[u8]) -> Result<Vec<NarInfo>, Path
         Document::Versioned { info } | Document::Map(info) => {
             info.into_iter().filter_map(|(path, info)| Some((path, info?))).collect()
         }
-        Document::List(infos) => {
-            infos.into_iter().filter_map(|mut info| Some((info.path.take()?, info))).collect()
-        }
+        Document::List(infos) => infos.into_iter().filter_map(|mut info| Some((info.path.take()?, info))).collect(),
     };
     infos.into_iter().map(|(path, info)| info.into_narinfo(dir, &path)).collect()
 }
@@ -205,7 +203,8 @@ impl PathInfo {
         let mut references = self.references.iter().map(|text| store_path(text)).collect::<Result<Vec<_>, _>>()?;
         references.sort_unstable();
         references.dedup();
-        let mut signatures = self.signatures.iter().map(|text| value(text, text.parse())).collect::<Result<Vec<_>, _>>()?;
+        let mut signatures =
+            self.signatures.iter().map(|text| value(text, text.parse())).collect::<Result<Vec<_>, _>>()?;
         signatures.sort_unstable();
         signatures.dedup();
         let ca = match &self.ca {
@@ -267,7 +266,8 @@ fn parse_database(dir: &StoreDir, text: &[u8]) -> Result<Vec<NarInfo>, PathInfoE
     let mut lines = text.lines();
     let mut infos = Vec::new();
     while let Some(path) = lines.next() {
-        let mut line = |field| value(path, lines.next().ok_or(FormatError::Truncated { field, offset: text.len() as u64 }));
+        let mut line =
+            |field| value(path, lines.next().ok_or(FormatError::Truncated { field, offset: text.len() as u64 }));
         let nar_hash = line("narHash")?;
         let nar_hash = value(nar_hash, Sha256Hash::parse_bare(nar_hash))?.to_string();
         let nar_size = number("narSize", line("narSize")?)?;

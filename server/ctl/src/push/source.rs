@@ -45,8 +45,11 @@ pub fn name_of(file_name: &[u8]) -> Option<StorePathName> {
     if let Some(name) = str::from_utf8(file_name).ok().and_then(|name| name.parse().ok()) {
         return Some(name);
     }
-    let replaced: String =
-        file_name.iter().map(|byte| if is_name_byte(*byte) { char::from(*byte) } else { '-' }).take(STORE_NAME_MAX).collect();
+    let replaced: String = file_name
+        .iter()
+        .map(|byte| if is_name_byte(*byte) { char::from(*byte) } else { '-' })
+        .take(STORE_NAME_MAX)
+        .collect();
     // Dashes that stand for nothing, and dots that no name starts with.
     replaced.trim_start_matches(['-', '.']).trim_end_matches('-').parse().ok()
 }

@@ -130,7 +130,10 @@ impl Upload<'_> {
 }
 
 /// Reads a tree on a thread of its own.
-fn read(object: &Object, digest: Digest) -> (mpsc::Receiver<std::io::Result<Bytes>>, JoinHandle<Result<(), DumpError>>) {
+fn read(
+    object: &Object,
+    digest: Digest,
+) -> (mpsc::Receiver<std::io::Result<Bytes>>, JoinHandle<Result<(), DumpError>>) {
     let (sender, receiver) = mpsc::channel(BLOCKS_AHEAD);
     let file = object.file.clone();
     let reading = tokio::task::spawn_blocking(move || {
@@ -149,7 +152,8 @@ fn read(object: &Object, digest: Digest) -> (mpsc::Receiver<std::io::Result<Byte
 fn references_first(objects: Vec<Object>) -> anyhow::Result<Vec<Object>> {
     let mut waiting: BTreeMap<StorePath, (Object, usize)> = BTreeMap::new();
     let mut referrers: HashMap<StorePath, Vec<StorePath>> = HashMap::new();
-    let here: std::collections::HashSet<StorePath> = objects.iter().map(|object| object.info.store_path.clone()).collect();
+    let here: std::collections::HashSet<StorePath> =
+        objects.iter().map(|object| object.info.store_path.clone()).collect();
     let mut ready = Vec::new();
     for object in objects {
         let path = object.info.store_path.clone();

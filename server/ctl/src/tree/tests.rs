@@ -36,7 +36,14 @@ fn follow(root: &Node, path: &str, follow_last: bool) -> String {
 #[test]
 fn paths() {
     let root = directory(&[
-        ("bin", directory(&[("run", file(1)), ("up", link("../lib/x")), ("sh", link(&format!("/nix/store/{OTHER}/bin/sh")))])),
+        (
+            "bin",
+            directory(&[
+                ("run", file(1)),
+                ("up", link("../lib/x")),
+                ("sh", link(&format!("/nix/store/{OTHER}/bin/sh"))),
+            ]),
+        ),
         ("lib", directory(&[("x", file(2))])),
         ("libexec", link("lib")),
         ("self", link(&format!("/nix/store/{OWN}/lib"))),
@@ -106,7 +113,8 @@ fn a_tree_from_events() {
         builder.event(event, offset);
     }
     let inner = directory(&[("l", link("a"))]);
-    let entries = [(b"a".to_vec(), Node::File { executable: true, size: 2, nar_offset: Some(100) }), (b"\xff".to_vec(), inner)];
+    let entries =
+        [(b"a".to_vec(), Node::File { executable: true, size: 2, nar_offset: Some(100) }), (b"\xff".to_vec(), inner)];
     assert_eq!(builder.finish(), Some(Node::Directory(entries.into_iter().collect())));
     assert_eq!(TreeBuilder::default().finish(), None);
 }

@@ -62,7 +62,10 @@ fn references_signatures_and_derivers() {
 
 #[test]
 fn unknown_paths_are_left_out() {
-    assert_eq!(read(&format!(r#"{{"/nix/store/0000hdbcgnq8x9gdhcf5xwqz0ll6xm6a-x":null,"{PATH}":{{{ADDED}}}}}"#)).unwrap(), [added()]);
+    assert_eq!(
+        read(&format!(r#"{{"/nix/store/0000hdbcgnq8x9gdhcf5xwqz0ll6xm6a-x":null,"{PATH}":{{{ADDED}}}}}"#)).unwrap(),
+        [added()]
+    );
     assert_eq!(read("{}").unwrap(), []);
     assert_eq!(read("[]").unwrap(), []);
 }
