@@ -243,7 +243,7 @@ impl LazyStore {
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let done = tokio::time::timeout(limit, work).await.unwrap_or(Err(FsError::Deadline { limit_ms }));
         if let Err(error) = &done {
-            if matches!(error, FsError::Deadline { .. }) {
+            if error.is_deadline() {
                 self.inner.metrics.deadline_expirations.inc();
             }
             if error.is_failure() {

@@ -4,6 +4,10 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use rustix::io::Errno;
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +47,20 @@ pub fn mounts() -> io::Result<Vec<MountInfo>> {
 /// When the kernel does not tell.
 pub fn mount_on(path: &Path) -> io::Result<Option<MountInfo>> {
     Ok(mounts()?.into_iter().rfind(|mount| mount.mount_point == path))
+}
+
+/// Whether the daemon behind a mount of ours, or behind an overlay over one, is gone. Waits for the daemon if it is not.
+#[must_use]
+pub fn is_dead(mount_point: &Path) -> bool {
+    // The kernel answers for a dead daemon whatever it remembers, the root's attributes and names that do not exist
+    // among them. So this asks for a name that nobody has asked for before, and that no store path has.
+    static PROBES: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let number = PROBES.fetch_add(1, Ordering::Relaxed);
+    let probe = format!(".narlake-probe-{}-{}-{number}", std::process::id(), now.as_nanos());
+    let not_connected = [Errno::NOTCONN, Errno::CONNABORTED].map(Errno::raw_os_error);
+    let error = std::fs::symlink_metadata(mount_point.join(probe)).err().and_then(|error| error.raw_os_error());
+    error.is_some_and(|error| not_connected.contains(&error))
 }
 
 /// Lines that are not of this form are not of this kernel, and are passed over.

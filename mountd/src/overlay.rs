@@ -182,7 +182,7 @@ impl Overlays {
             let mount = mountinfo::mount_on(&merged).map_err(OverlayError::kernel("find mounts on", &merged))?;
             let mount = mount.filter(|mount| this.is_ours(mount));
             let mount = mount.ok_or_else(|| OverlayError::Unknown { path: merged.clone() })?;
-            if kernel::is_dead(&merged) {
+            if mountinfo::is_dead(&merged) {
                 let reason = "this overlay lies over the mount of a daemon that is gone; unmount it, and mount it anew";
                 return Err(OverlayError::Refused { path: merged, reason: reason.into() });
             }
@@ -361,7 +361,7 @@ impl Overlays {
     /// Whether a mount is what a daemon before this one left behind.
     fn is_orphan(&self, mount: &mountinfo::MountInfo) -> bool {
         let in_care = self.table().contains_key(&mount.mount_point);
-        !in_care && self.is_ours(mount) && kernel::is_dead(&mount.mount_point)
+        !in_care && self.is_ours(mount) && mountinfo::is_dead(&mount.mount_point)
     }
 
     fn all(&self) -> Vec<Arc<Overlay>> {

@@ -5,10 +5,14 @@
 //! bytes are verified by the fetch engine, get their store paths back ([`PatchList`]), are kept, and then answered. A
 //! file no longer than [`WHOLE_MAX`] is fetched whole and goes straight into `hot/`.
 //!
+//! What the cache has is verified again whenever it is read: the chunks that the range touches are scrubbed once more
+//! and hashed, which costs microseconds and leaves nothing to believe of a disk. What does not verify is a miss.
+//!
 //! Invariant: a chunk of a file has one filler at a time ([`Fill`]), so nothing writes to a file that is complete.
 
 mod fill;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -17,7 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use narlake_format::id::{BlobId, BlobKind, ContentId};
+use narlake_format::id::{BlobId, BlobKind, ChunkId, ContentId};
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::lake::strings::StringTable;
 use narlake_storage::fetch::Fetcher;
@@ -79,7 +83,7 @@ impl Reader {
             return Ok(Bytes::new());
         }
         let view = self.view(node, &file, table)?;
-        if let Some(bytes) = self.read_hot(&view, offset..end).await {
+        if let Some(bytes) = self.read_hot(&file, &view, offset..end).await {
             return Ok(bytes);
         }
         let lease = Lease::take(self, &view, file.chunks.len()).await;
@@ -96,17 +100,57 @@ impl Reader {
     }
 
     /// The range from the complete file. Anything wrong with that is a miss.
-    async fn read_hot(&self, view: &FileView, range: Range<u64>) -> Option<Bytes> {
-        let (cache, content, size) = (Arc::clone(&self.cache), view.content, view.size);
+    async fn read_hot(&self, file: &TreeFile<'_>, view: &Arc<FileView>, range: Range<u64>) -> Option<Bytes> {
+        let (cache, view) = (Arc::clone(&self.cache), Arc::clone(view));
+        let wanted = Wanted::of(file, &chunks_of(file, &range));
         let bytes = on_disk(move || {
-            let file = cache.open_hot(&content, size)?;
-            read_range(&file, range).ok()
+            let file = cache.open_hot(&view.content, view.size)?;
+            let found = wanted.read(&file, &view);
+            if found.is_none() {
+                cache.drop_damaged(&view.content);
+            }
+            let start = wanted.span.start;
+            let at = |offset: u64| usize::try_from(offset - start).unwrap_or(usize::MAX);
+            Some(found?.slice(at(range.start)..at(range.end)))
         });
         let bytes = bytes.await;
         if let Some(bytes) = &bytes {
             self.metrics.cache_hit_bytes.inc_by(bytes.len() as u64);
         }
         bytes
+    }
+}
+
+/// Consecutive chunks to be read from the cache: where they are in their file, and what they have to be.
+struct Wanted {
+    span: Range<u64>,
+    chunks: Vec<(ChunkId, u64)>,
+}
+
+impl Wanted {
+    fn of(file: &TreeFile<'_>, run: &Range<usize>) -> Self {
+        let ids = file.chunks.get(run.clone()).unwrap_or_default();
+        let ends = file.chunk_ends.get(run.clone()).unwrap_or_default();
+        Self { span: span_of(file, run), chunks: ids.iter().copied().zip(ends.iter().copied()).collect() }
+    }
+
+    /// The bytes, if they can be read and are the right ones.
+    fn read(&self, file: &File, view: &FileView) -> Option<Bytes> {
+        let bytes = read_range(file, self.span.clone()).ok()?;
+        let mut scrubbed = Cow::Borrowed(bytes.as_ref());
+        if !view.patches.is_empty() && !view.patches.take_out(self.span.start, scrubbed.to_mut()) {
+            return None;
+        }
+        let mut rest = scrubbed.as_ref();
+        let mut start = self.span.start;
+        for (id, end) in &self.chunks {
+            let (chunk, after) = rest.split_at_checked(usize::try_from(end - start).ok()?)?;
+            if ChunkId::of(chunk) != *id {
+                return None;
+            }
+            (rest, start) = (after, *end);
+        }
+        Some(bytes)
     }
 }
 
@@ -132,7 +176,7 @@ impl<'a> Lease<'a> {
         lease
     }
 
-    async fn read(&self, file: &TreeFile<'_>, view: &FileView, range: Range<u64>) -> Result<Bytes, FsError> {
+    async fn read(&self, file: &TreeFile<'_>, view: &Arc<FileView>, range: Range<u64>) -> Result<Bytes, FsError> {
         let mut out = vec![0; usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
         let wanted = if file.size <= WHOLE_MAX { 0..file.chunks.len() } else { chunks_of(file, &range) };
         let mut left: Vec<usize> = wanted.collect();
@@ -140,9 +184,11 @@ impl<'a> Lease<'a> {
             let Share { present, mine, others, changed } = self.fill.share(&left);
             left.clear();
             for run in runs(&present) {
-                let span = span_of(file, &run);
-                if !self.copy_present(&span, &range, &mut out).await {
-                    self.fill.lost(run.clone());
+                if !self.copy_present(file, view, &run, &range, &mut out).await {
+                    if self.fill.lost(run.clone()) {
+                        let (cache, content) = (Arc::clone(&self.reader.cache), self.content);
+                        on_disk(move || cache.drop_damaged(&content)).await;
+                    }
                     left.extend(run);
                 }
             }
@@ -161,15 +207,22 @@ impl<'a> Lease<'a> {
         Ok(out.into())
     }
 
-    /// Copies what the partial file has of a span into the answer. False if it could not be read.
-    async fn copy_present(&self, span: &Range<u64>, range: &Range<u64>, out: &mut [u8]) -> bool {
-        let overlap = span.start.max(range.start)..span.end.min(range.end);
-        if overlap.is_empty() {
+    /// Copies what the partial file has of a run into the answer. False if it could not be read, or is not right.
+    async fn copy_present(
+        &self,
+        file: &TreeFile<'_>,
+        view: &Arc<FileView>,
+        run: &Range<usize>,
+        range: &Range<u64>,
+        out: &mut [u8],
+    ) -> bool {
+        let span = span_of(file, run);
+        if span.end <= range.start || span.start >= range.end {
             return true;
         }
         let Some(data) = self.fill.data() else { return false };
-        let start = overlap.start;
-        let Ok(bytes) = on_disk(move || read_range(&data, overlap)).await else { return false };
+        let (wanted, view, start) = (Wanted::of(file, run), Arc::clone(view), span.start);
+        let Some(bytes) = on_disk(move || wanted.read(&data, &view)).await else { return false };
         self.reader.metrics.cache_hit_bytes.inc_by(bytes.len() as u64);
         copy_overlap(&bytes, start, range, out);
         true

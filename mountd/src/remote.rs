@@ -174,7 +174,7 @@ impl Remote {
     pub async fn info(&self) -> Result<Info, RemoteError> {
         self.ask("info", "", || async {
             let response = self.send(Method::GET, "info", None, None).await?;
-            json(self.body(response, SMALL_MAX).await?)
+            json(&self.body(response, SMALL_MAX).await?)
         })
         .await
     }
@@ -285,7 +285,7 @@ impl Remote {
             buffer.extend_from_slice(&part);
             while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
                 let line = buffer.split_to(end + 1);
-                match json(line.freeze())? {
+                match json(&line)? {
                     ClosureLine::Record(text) => {
                         records.push(PathRecord::parse(&self.store_dir, text.as_bytes()).map_err(Cause::Record)?);
                     }
@@ -353,7 +353,7 @@ impl BlobSource for Remote {
         let located = self.ask("locate", &key, || async {
             let body = Some(("application/octet-stream", body.clone()));
             let response = self.send(Method::POST, "locate", body, None).await?;
-            let answer: LocateResponse = json(self.body(response, max).await?)?;
+            let answer: LocateResponse = json(&self.body(response, max).await?)?;
             let locations = answer.locations().map_err(Cause::Format)?;
             if locations.len() == ids.len() {
                 Ok(locations)
@@ -399,6 +399,6 @@ impl From<RemoteError> for narlake_storage::Error {
     }
 }
 
-fn json<T: DeserializeOwned>(body: Bytes) -> Result<T, Cause> {
-    serde_json::from_slice(&body).map_err(Cause::Json)
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Cause> {
+    serde_json::from_slice(body).map_err(Cause::Json)
 }

@@ -201,6 +201,10 @@ impl View {
         if let Some(record) = self.inner.records.get(hash) {
             return Ok(Some(record));
         }
+        self.bounded(self.ask(hash)).await
+    }
+
+    async fn ask(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
         // Those who ask at the same time wait for the first one's answer.
         let asked = self.inner.records.get_or_insert_async(hash, async {
             let _turn = self.inner.lookups.acquire().await;
@@ -272,12 +276,9 @@ impl View {
     /// # Errors
     /// As [`View::find`] and [`View::show`].
     pub async fn valid(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
-        self.bounded(async {
-            let Some(record) = self.find(path).await? else { return Ok(None) };
-            self.show(std::slice::from_ref(path)).await?;
-            Ok(Some(record))
-        })
-        .await
+        let Some(record) = self.find(path).await? else { return Ok(None) };
+        self.show(std::slice::from_ref(path)).await?;
+        Ok(Some(record))
     }
 
     /// Makes sure that these paths, which the lake has, are seen through every overlay, although the kernel may have

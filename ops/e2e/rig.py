@@ -133,17 +133,19 @@ class Rig:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def run(self, *command, seconds=COMMAND_SECONDS, check=True, **options):
+    def run(self, *command, seconds=COMMAND_SECONDS, check=True, binary=False, **options):
         """Run a command to its end; give what it printed, and its status and messages."""
         command = [str(word) for word in command]
         if "input" not in options:
             options["stdin"] = subprocess.DEVNULL
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, **options)
+            text = {} if binary else {"text": True, "errors": "replace"}
+            done = subprocess.run(command, capture_output=True, timeout=seconds, **text, **options)
         except subprocess.TimeoutExpired as expired:
             raise Failure(f"{' '.join(command)[:400]}: took longer than {seconds} s\n{text_of(expired.stderr)[-2000:]}") from None
         if check and done.returncode:
-            raise Failure(f"{' '.join(command)[:400]}: status {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+            raise Failure(f"{' '.join(command)[:400]}: status {done.returncode}\n"
+                          f"{text_of(done.stdout)[-1000:]}{text_of(done.stderr)[-3000:]}")
         return done
 
     def start(self, name, *command, environment=None):

@@ -6,11 +6,12 @@ import stat
 import time
 
 import nar
+from frames import frames_read
 from nar import Executable, Link, Path
 from rig import DEBNIX, SUITES, Failure, check, equal, generation, test, wait_until
 
 MIB = 1 << 20
-FETCHED_SHARE_MAX = 0.15
+FETCHED_SHARE_MAX, FETCHED_PER_FRAMES_MAX = 0.15, 1.5
 SHARED = b"the same in both\n" * 1000
 
 
@@ -83,6 +84,11 @@ def a_program_runs_on_a_part(rig):
     rig.note(f"python3 with two modules in {seconds:.1f} s: fetched {fetched / MIB:.1f} MiB, {100 * fetched / closure:.1f} % of the "
              f"closure of {closure / MIB:.0f} MiB, {100 * fetched / stored:.1f} % of the {stored / MIB:.0f} MiB stored")
     check(fetched < FETCHED_SHARE_MAX * closure, f"{fetched} of {closure} bytes were fetched")
+    frames, pages = frames_read(rig, server, mountd.mountpoint, paths)
+    needed = sum(frames.values())
+    rig.note(f"{pages * 4 / 1024:.1f} MiB of pages read, in {len(frames)} frames of {needed / MIB:.1f} MiB: fetched "
+             f"{fetched / needed:.2f} times that")
+    check(fetched <= FETCHED_PER_FRAMES_MAX * needed, f"{fetched} bytes were fetched for frames of {needed}")
     before = mountd.fetched_bytes()
     nix.run(f"{root}/bin/python3", "-c", "import json, sqlite3")
     equal(mountd.fetched_bytes(), before, "bytes fetched by a second run")

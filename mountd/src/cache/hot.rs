@@ -93,6 +93,13 @@ impl Cache {
         Ok(())
     }
 
+    /// Drops a complete file whose content turned out to be wrong.
+    pub fn drop_damaged(&self, id: &ContentId) {
+        tracing::warn!(file = %id, "cached file is damaged, dropped");
+        self.metrics.cache_damaged.inc();
+        self.drop_hot(id);
+    }
+
     fn drop_hot(&self, id: &ContentId) {
         let mut ledger = self.ledger();
         remove(&self.dir, id);

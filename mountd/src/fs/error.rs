@@ -6,6 +6,7 @@
 use rustix::io::Errno;
 
 use crate::fs::nodes::NodeTableError;
+use crate::remote::Cause;
 use crate::view::ViewError;
 
 /// Why an operation failed.
@@ -60,6 +61,18 @@ impl FsError {
             Self::WrongKind(_) => Errno::INVAL,
             Self::Stale { .. } => Errno::STALE,
             Self::Deadline { .. } | Self::View(_) | Self::Content(_) | Self::Restore(_) | Self::Nodes(_) => Errno::IO,
+        }
+    }
+
+    /// Whether it is the time that was up.
+    #[must_use]
+    pub const fn is_deadline(&self) -> bool {
+        match self {
+            Self::Deadline { .. }
+            | Self::View(ViewError::Deadline { .. })
+            | Self::Content(narlake_storage::Error::Deadline { .. }) => true,
+            Self::View(ViewError::Remote(error)) => matches!(error.cause, Cause::Deadline { .. }),
+            _ => false,
         }
     }
 

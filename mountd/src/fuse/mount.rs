@@ -81,7 +81,7 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
         return Err(MountError::Path { path: dir });
     }
     while let Some(mount) = mountinfo::mount_on(&dir).map_err(MountError::kernel("find mounts on", &dir))? {
-        let is_dead = mount.fs_type == FS_TYPE && is_dead(&dir);
+        let is_dead = mount.fs_type == FS_TYPE && mountinfo::is_dead(&dir);
         if !is_dead {
             return Err(MountError::Occupied { path: dir, fs_type: mount.fs_type });
         }
@@ -156,10 +156,4 @@ impl Mount {
             Err(error) => Err(failed(error)),
         }
     }
-}
-
-/// Whether the daemon behind a mount is gone.
-fn is_dead(dir: &Path) -> bool {
-    let not_connected = Errno::NOTCONN.raw_os_error();
-    std::fs::symlink_metadata(dir).is_err_and(|error| error.raw_os_error() == Some(not_connected))
 }

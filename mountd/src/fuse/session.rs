@@ -2,7 +2,8 @@
 
 use std::io;
 use std::path::Path;
-use std::thread::JoinHandle;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
 use tokio::sync::watch;
@@ -13,11 +14,15 @@ use super::mount::{Mount, MountError, prepare};
 /// Threads that read messages. They only hand them on.
 const THREADS: usize = 2;
 
+/// Longest wait for a session whose mount is gone. An overlay of somebody else keeps it alive.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// A mount that is being served.
 pub struct Serving {
     mount: Mount,
-    thread: Option<JoinHandle<()>>,
     ended: watch::Receiver<bool>,
+    /// Closed when the session has ended.
+    session: mpsc::Receiver<()>,
 }
 
 impl Serving {
@@ -29,7 +34,7 @@ impl Serving {
         let dir = prepare(dir)?;
         let (mut mount, device) = Mount::new(&dir)?;
         let served = serve(&dir, shim, device);
-        let (thread, ended) = match served {
+        let (ended, session) = match served {
             Ok(served) => served,
             Err(error) => {
                 let _ = mount.unmount();
@@ -40,7 +45,7 @@ impl Serving {
             let _ = mount.unmount();
             return Err(error);
         }
-        Ok(Self { mount, thread: Some(thread), ended })
+        Ok(Self { mount, ended, session })
     }
 
     /// Where it is mounted.
@@ -55,23 +60,22 @@ impl Serving {
         self.ended.clone()
     }
 
-    /// Unmounts, and waits for the session if the mount was not in use. Blocks.
+    /// Unmounts, and waits a little for the session to end. Blocks.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn stop(mut self) -> Result<(), MountError> {
+    pub fn stop(self) -> Result<(), MountError> {
         let detached = self.mount.unmount()?;
-        if detached {
+        // The kernel closes the connection with the last user of the mount.
+        let wait = if detached { Duration::ZERO } else { END_TIMEOUT };
+        if self.session.recv_timeout(wait) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!(mount = %self.dir().display(), "mount is in use, detached; its users get errors from now on");
-        } else if let Some(thread) = self.thread.take() {
-            // It has ended, or is about to: the kernel closes the connection with the last mount.
-            let _ = thread.join();
         }
         Ok(())
     }
 }
 
-type Served = (JoinHandle<()>, watch::Receiver<bool>);
+type Served = (watch::Receiver<bool>, mpsc::Receiver<()>);
 
 fn serve(dir: &Path, shim: Shim, device: std::os::fd::OwnedFd) -> Result<Served, MountError> {
     let kernel = |operation| move |source| MountError::Kernel { operation, path: dir.to_owned(), source };
@@ -83,6 +87,7 @@ fn serve(dir: &Path, shim: Shim, device: std::os::fd::OwnedFd) -> Result<Served,
     let session =
         Session::from_fd(shim, device, SessionACL::All, config).map_err(kernel("agree with the kernel on"))?;
     let (end, ended) = watch::channel(false);
+    let (alive, session_ended) = mpsc::channel::<()>();
     let name = dir.display().to_string();
     let work = move || {
         let done: io::Result<()> = session.run();
@@ -91,7 +96,8 @@ fn serve(dir: &Path, shim: Shim, device: std::os::fd::OwnedFd) -> Result<Served,
             Err(error) => tracing::error!(mount = name, %error, "session ended"),
         }
         let _ = end.send(true);
+        drop(alive);
     };
-    let thread = std::thread::Builder::new().name("fuse-session".into()).spawn(work).map_err(kernel("serve"))?;
-    Ok((thread, ended))
+    std::thread::Builder::new().name("fuse-session".into()).spawn(work).map_err(kernel("serve"))?;
+    Ok((ended, session_ended))
 }

@@ -18,9 +18,6 @@ use super::checks::Plan;
 /// Fixed, and compared with what the kernel then shows by a test.
 const OPTIONS: &str = "redirect_dir=on,metacopy=on,index=off,xino=off,nfs_export=off";
 
-/// A name that no store path has, which the view answers without asking anybody.
-const PROBE: &str = ".narlake-probe";
-
 /// Mounts the overlay. Its source is the word that Nix's check looks for.
 pub(super) fn mount(lower: &Path, plan: &Plan) -> io::Result<()> {
     let mut data = b"lowerdir=".to_vec();
@@ -75,12 +72,4 @@ pub(super) fn look(upper: &Path, tree: &OwnedFd, name: &str) -> io::Result<Seen>
         Err(Errno::NOENT | Errno::STALE) => Ok(Seen::NotYet),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Whether the daemon below an overlay is gone.
-pub(super) fn is_dead(merged: &Path) -> bool {
-    matches!(
-        statat(CWD, merged.join(PROBE), AtFlags::SYMLINK_NOFOLLOW),
-        Err(Errno::NOTCONN | Errno::IO | Errno::CONNABORTED)
-    )
 }

@@ -129,16 +129,22 @@ impl Fill {
         self.state().data.clone()
     }
 
-    /// These chunks could not be read back: they count as missing, unless somebody fetches them already.
-    pub(super) fn lost(&self, run: Range<usize>) {
+    /// These chunks could not be read back: they count as missing, unless somebody fetches them already. True if the
+    /// file was complete, so that it must go from the cache as a whole.
+    pub(super) fn lost(&self, run: Range<usize>) -> bool {
         let mut state = self.state();
         let chunks = state.chunks.get_mut(run).into_iter().flatten();
         chunks.filter(|chunk| **chunk == Chunk::Present).for_each(|chunk| *chunk = Chunk::Missing);
+        state.complete
     }
 
     /// Keeps a run of claimed chunks that lies at `offset`. If it cannot be kept, it stays claimed until the claim is
     /// dropped.
     pub(super) async fn keep(self: &Arc<Self>, cache: &Arc<Cache>, run: Range<usize>, offset: u64, content: Vec<u8>) {
+        if self.state().complete {
+            // It has its final name and is not written any more; what was lost of it is kept by the next fill.
+            return;
+        }
         let partial = self.opened.get().cloned().flatten();
         let (cache, id, whole) = (Arc::clone(cache), self.content, run == (0..self.chunks));
         let (first, count) = (run.start, run.len());

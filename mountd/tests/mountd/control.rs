@@ -32,7 +32,7 @@ impl Client {
 async fn a_session_of_the_command() {
     let world = World::new().await;
     let leaf = world.push("leaf", &file(b"leaf"), &[]).await;
-    let top = world.push("top", &file(noise(1, 50_000)), &[leaf.clone()]).await;
+    let top = world.push("top", &file(noise(1, 50_000)), std::slice::from_ref(&leaf)).await;
     let Some(mounted) = world.mount().await else { return };
     let mut client = Client::connect(&mounted.dir).await;
     let base = mounted.dir.join("job");
@@ -49,7 +49,7 @@ async fn a_session_of_the_command() {
     outside(move || assert_eq!(std::fs::read(at).unwrap(), noise(1, 50_000))).await;
     assert_eq!(client.ask(ControlRequest::Refresh { merged: None }).await, ControlResponse::Done);
     let ControlResponse::Overlays { overlays } = client.ask(ControlRequest::OverlayList).await else { panic!() };
-    assert_eq!(overlays, [info.clone()]);
+    assert_eq!(overlays, std::slice::from_ref(&info));
     let ControlResponse::Status(status) = client.ask(ControlRequest::Status).await else { panic!() };
     assert_eq!((status.paths_known, status.objects, status.overlays.len()), (2, 2, 1));
     assert!(status.fetch_bytes > 50_000 && status.cache_files == 1 && status.cache_bytes >= 50_000, "{status:?}");

@@ -225,7 +225,7 @@ impl World {
     /// Pushes an object under the path that [`World::path`] gives for the name.
     pub(crate) async fn push(&self, name: &str, node: &Node, references: &[StorePath]) -> StorePath {
         let path = Self::path(name);
-        self.push_as(&path, node, references, &[self.key.clone()]).await;
+        self.push_as(&path, node, references, std::slice::from_ref(&self.key)).await;
         path
     }
 
@@ -357,6 +357,11 @@ impl Mounted {
 
     /// Stops in order, as a signal would have it.
     pub(crate) async fn stop(mut self) {
+        self.end().await;
+    }
+
+    /// The same, but what others mounted stays until this is dropped.
+    pub(crate) async fn end(&mut self) {
         self.daemon.take().unwrap().stop().await.unwrap();
     }
 }

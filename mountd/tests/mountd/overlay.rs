@@ -55,7 +55,7 @@ async fn options_are_as_documented() {
         assert!(!line.contains(option), "{line}");
     }
     let overlays = mounted.daemon.as_ref().unwrap().overlays();
-    assert_eq!(overlays.list(), [info.clone()]);
+    assert_eq!(overlays.list(), std::slice::from_ref(&info));
     assert!(info.store_uri.contains(&format!("%3Freal={}", mounted.mount.display())), "{}", info.store_uri);
     // A refresh keeps what a remount would drop.
     assert_eq!(overlays.refresh().await.unwrap(), 1);
@@ -220,7 +220,7 @@ async fn refreshes_are_shared() {
     let valid = futures::future::join_all(paths.iter().map(|path| view.valid(path))).await;
     assert!(valid.iter().all(|valid| valid.as_ref().unwrap().is_some()));
     let refreshes = world.metrics.overlay_refreshes.get();
-    assert!(refreshes <= 2 + began.elapsed().as_millis() as u64 / 200, "{refreshes} in {:?}", began.elapsed());
+    assert!(refreshes <= 2 + u64::try_from(began.elapsed().as_millis() / 200).unwrap(), "{refreshes} in {:?}", began.elapsed());
     assert!(refreshes < 20, "{refreshes}");
     mounted.stop().await;
 }
@@ -229,13 +229,13 @@ async fn refreshes_are_shared() {
 #[tokio::test(flavor = "multi_thread")]
 async fn overlays_of_others_are_adopted() {
     let world = World::new().await;
-    let Some(mounted) = world.mount().await else { return };
+    let Some(mut mounted) = world.mount().await else { return };
     let base = mounted.dir.join("other");
     for name in ["upper", "work", "merged"] {
         fs::create_dir_all(base.join(name)).unwrap();
     }
     let merged = base.join("merged");
-    let overlays = mounted.daemon.as_ref().unwrap().overlays();
+    let overlays = mounted.daemon.as_ref().unwrap().overlays().clone();
     assert!(matches!(overlays.adopt(merged.clone()).await, Err(OverlayError::Unknown { .. })));
     let options = format!(
         "lowerdir={},upperdir={},workdir={},metacopy=on,redirect_dir=on",
@@ -255,7 +255,7 @@ async fn overlays_of_others_are_adopted() {
     world.push("later", &file(b"x"), &[]).await;
     view(&mounted).valid(&path).await.unwrap().unwrap();
     outside(move || assert!(at.exists())).await;
-    mounted.stop().await;
+    mounted.end().await;
     // It is not ours to take away.
     assert!(mountinfo::mount_on(&merged).unwrap().is_some());
     unmount(&merged, UnmountFlags::DETACH).unwrap();

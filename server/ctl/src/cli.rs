@@ -52,8 +52,8 @@ pub enum Command {
     /// Store paths or directories in the lake
     ///
     /// A store path is pushed with its closure, as the local Nix knows it. Anything else, and everything where there is
-    /// no Nix, is added by its content under the store path that `nix-store --add` gives it. The store path of each PATH
-    /// is printed.
+    /// no Nix, is added by its content under the store path that `nix-store --add` gives it. The store path of each
+    /// PATH is printed.
     Push(PushOptions),
     /// List files of a store path in the lake
     Ls(LsOptions),
@@ -122,8 +122,9 @@ pub struct PushOptions {
 /// Options of `ls`.
 #[derive(Debug, Args)]
 pub struct LsOptions {
-    /// Store path, or a file or directory in it: /nix/store/<hash>-<name>[/...]
-    #[arg(value_name = "STORE-PATH", value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+    /// What to list.
+    #[arg(value_name = "STORE-PATH", help = "Store path, or a file or directory in it: /nix/store/<hash>-<name>[/...]",
+        value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
     pub place: Option<Place>,
     /// Show types, sizes and where links lead
     #[arg(long, short)]
@@ -139,8 +140,9 @@ pub struct LsOptions {
 /// Options of `cat`.
 #[derive(Debug, Args)]
 pub struct CatOptions {
-    /// A file in a store path: /nix/store/<hash>-<name>[/...]
-    #[arg(value_name = "STORE-PATH", value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+    /// What to print.
+    #[arg(value_name = "STORE-PATH", help = "A file in a store path: /nix/store/<hash>-<name>[/...]",
+        value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
     pub place: Place,
     /// The server.
     #[command(flatten)]
@@ -286,7 +288,8 @@ pub struct StatusOptions {
     /// How to ask it.
     #[command(flatten)]
     pub access: AccessOptions,
-    /// Control socket of narlake-mountd; with a server given, asked only if it is there [default: /run/narlake/control.sock]
+    /// Control socket of narlake-mountd; with a server given, asked only if it is there [default:
+    /// /run/narlake/control.sock]
     #[arg(long, value_name = "SOCKET", env = "NARLAKE_CONTROL", help_heading = "Worker")]
     pub control: Option<PathBuf>,
 }

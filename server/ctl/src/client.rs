@@ -189,9 +189,11 @@ impl Client {
         .await
     }
 
-    /// Uploads a NAR, once: the stream cannot be had again. `sent` counts its bytes, and is how a standstill is noticed.
+    /// Uploads a NAR, once: the stream cannot be had again. `sent` counts its bytes, and is how a standstill is
+    /// noticed.
     ///
-    /// Not cancel safe: the server may have taken the NAR or not. It is as if nothing happened until its narinfo is put.
+    /// Not cancel safe: the server may have taken the NAR or not. It is as if nothing happened until its narinfo is
+    /// put.
     ///
     /// # Errors
     /// When the server does not take it, or the stream ends in an error.
@@ -220,8 +222,8 @@ impl Client {
         self.accepted(response).await.map(drop)
     }
 
-    /// Publishes a path whose NAR has been uploaded, and gives the narinfo that the cache now has: another one where the
-    /// path was there already.
+    /// Publishes a path whose NAR has been uploaded, and gives the narinfo that the cache now has: another one where
+    /// the path was there already.
     ///
     /// Cancel safe: the path is published or it is not, and doing it again is harmless.
     ///

@@ -1,8 +1,8 @@
 //! A file tree on disk as a NAR, byte for byte what `nix-store --dump` writes.
 //!
 //! The tree is walked through directory file descriptors, so that no rename on the way leads anywhere else, and no path
-//! is too long. Entries are taken in the order of their bytes. Memory is one block and the names of the directories that
-//! are open. A file that changes under the reader is noticed: it has another size at its end than at its start, or
+//! is too long. Entries are taken in the order of their bytes. Memory is one block and the names of the directories
+//! that are open. A file that changes under the reader is noticed: it has another size at its end than at its start, or
 //! another modification time, or is no longer the kind of file that it was. What a NAR cannot hold (sockets, devices,
 //! pipes) is an error and is never opened.
 
@@ -109,7 +109,7 @@ pub fn dump(root: &Path, sink: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), DumpEr
     };
     let name = CString::new(root.as_os_str().as_bytes())
         .map_err(|_| dumper.failed("open", io::ErrorKind::InvalidInput.into()))?;
-    dumper.node(CWD, &name)?;
+    dumper.tree(&name)?;
     dumper.writer.finish().map_err(|source| dumper.refused(source))?;
     let nar_size = dumper.writer.offset();
     dumper.flush(0)?;
@@ -151,6 +151,14 @@ pub fn dump_known(
     sink(held)
 }
 
+/// A directory that is being archived.
+struct Directory {
+    file: OwnedFd,
+    before: Stat,
+    /// Of the entries that are left.
+    names: std::vec::IntoIter<CString>,
+}
+
 struct Dumper<'a> {
     writer: Writer,
     hasher: Sha256Hasher,
@@ -161,27 +169,52 @@ struct Dumper<'a> {
 }
 
 impl Dumper<'_> {
-    fn node(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<(), DumpError> {
+    /// Walks the tree. Without recursion: a thread's stack may be too small for the deepest tree that a NAR can hold.
+    fn tree(&mut self, root: &CString) -> Result<(), DumpError> {
+        let mut open: Vec<Directory> = self.node(CWD, root)?.into_iter().collect();
+        while let Some(directory) = open.last_mut() {
+            let Some(name) = directory.names.next() else {
+                self.event(Event::EndDirectory)?;
+                self.unchanged(&directory.file, &directory.before)?;
+                open.pop();
+                if !open.is_empty() {
+                    self.path.pop();
+                }
+                continue;
+            };
+            self.path.push(std::ffi::OsStr::from_bytes(name.as_bytes()));
+            self.event(Event::Entry { name: name.as_bytes() })?;
+            match self.node(directory.file.as_fd(), &name)? {
+                Some(inner) => open.push(inner),
+                None => drop(self.path.pop()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Archives a file or symlink, or begins a directory.
+    fn node(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<Option<Directory>, DumpError> {
         let stat = rustix::fs::statat(parent, name.as_c_str(), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|error| self.system("stat", error))?;
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => self.directory(parent, name),
-            FileType::RegularFile => self.file(parent, name),
+            FileType::Directory => return self.directory(parent, name).map(Some),
+            FileType::RegularFile => self.file(parent, name)?,
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(parent, name.as_c_str(), Vec::new())
                     .map_err(|error| self.system("read link", error))?;
-                self.event(Event::Symlink { target: target.as_bytes() })
+                self.event(Event::Symlink { target: target.as_bytes() })?;
             }
-            kind => Err(DumpError::Kind { path: self.path.clone(), kind: kind_name(kind) }),
+            kind => return Err(DumpError::Kind { path: self.path.clone(), kind: kind_name(kind) }),
         }
+        Ok(None)
     }
 
-    fn directory(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<(), DumpError> {
-        let directory = self.open(parent, name, OFlags::DIRECTORY)?;
-        let before = self.stat(&directory)?;
+    fn directory(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<Directory, DumpError> {
+        let file = self.open(parent, name, OFlags::DIRECTORY)?;
+        let before = self.stat(&file)?;
         self.event(Event::Directory)?;
         let mut names = Vec::new();
-        for entry in Dir::read_from(&directory).map_err(|error| self.system("list", error))? {
+        for entry in Dir::read_from(&file).map_err(|error| self.system("list", error))? {
             let entry = entry.map_err(|error| self.system("list", error))?;
             let name = entry.file_name();
             if !matches!(name.to_bytes(), b"." | b"..") {
@@ -189,14 +222,7 @@ impl Dumper<'_> {
             }
         }
         names.sort_unstable();
-        for name in names {
-            self.path.push(std::ffi::OsStr::from_bytes(name.as_bytes()));
-            self.event(Event::Entry { name: name.as_bytes() })?;
-            self.node(directory.as_fd(), &name)?;
-            self.path.pop();
-        }
-        self.event(Event::EndDirectory)?;
-        self.unchanged(&directory, &before)
+        Ok(Directory { file, before, names: names.into_iter() })
     }
 
     fn file(&mut self, parent: BorrowedFd<'_>, name: &CString) -> Result<(), DumpError> {

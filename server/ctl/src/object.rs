@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
-use narlake_format::nar::{Event, NarError, Reader};
+use narlake_format::nar::{NarError, Reader};
 use narlake_format::nix::compression::Compression;
 use narlake_format::nix::hash::Sha256Hasher;
 use narlake_format::nix::narinfo::NarInfo;
@@ -88,14 +88,9 @@ async fn read_tree(client: &Client, info: &NarInfo) -> anyhow::Result<Node> {
     }
     let (mut reader, mut hasher, mut builder) = (Reader::new(), Sha256Hasher::new(), TreeBuilder::default());
     let mut nar = std::pin::pin!(client.nar(&info.url, None).await?);
-    // The place of a file's content is not told by the event that announces it, but counted from all that came before.
-    let mut places = Writer::default();
     while let Some(piece) = nar.next().await.transpose()? {
         hasher.update(&piece);
-        reader.feed::<NarError>(&piece, &mut |event| {
-            builder.event(event, places.after(event)?);
-            Ok(())
-        })?;
+        reader.feed::<NarError>(&piece, &mut |event| builder.event(event))?;
     }
     reader.finish()?;
     let actual = hasher.finish();
@@ -103,23 +98,4 @@ async fn read_tree(client: &Client, info: &NarInfo) -> anyhow::Result<Node> {
         bail!("its hash is {actual}, the narinfo says {}", info.nar_hash);
     }
     builder.finish().context("it holds no tree")
-}
-
-/// Counts offsets by writing the same NAR to nowhere.
-#[derive(Default)]
-struct Writer {
-    writer: narlake_format::nar::Writer,
-    scratch: Vec<u8>,
-}
-
-impl Writer {
-    /// Where the bytes of an event end.
-    fn after(&mut self, event: Event<'_>) -> Result<u64, NarError> {
-        match event {
-            Event::Data(data) => self.writer.skip(data.len() as u64)?,
-            event => self.writer.event(event, &mut self.scratch)?,
-        }
-        self.scratch.clear();
-        Ok(self.writer.offset())
-    }
 }

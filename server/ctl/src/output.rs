@@ -1,8 +1,9 @@
 //! What is printed.
 //!
-//! Results go to standard output: text, or with `--json` one document. Everything else (progress, notes, errors) goes to
-//! standard error, progress only where that is a terminal, so a script reads exactly what it asked for. Text that came
-//! from elsewhere, a file name or a server's message, never reaches a terminal with its control characters in place.
+//! Results go to standard output: text, or with `--json` one document. Everything else (progress, notes, errors) goes
+//! to standard error, progress only where that is a terminal, so a script reads exactly what it asked for. Text that
+//! came from elsewhere, a file name or a server's message, never reaches a terminal with its control characters in
+//! place.
 
 use std::fmt::{self, Display, Write as _};
 use std::io::{self, IsTerminal as _, Write};

@@ -1,9 +1,9 @@
 //! `narlake push`: store paths with their closures, or files and directories by their content, into the lake.
 //!
-//! Each argument becomes one root: a store path that the local Nix knows ([`nix`]), or a *source*, named and hashed here
-//! as `nix-store --add` would ([`source`]). One question tells which paths of all closures the lake lacks; those are
-//! uploaded ([`upload`]), references first. What is there already is not even read, so pushing again is cheap, and a
-//! push that was cut off is simply started again.
+//! Each argument becomes one root: a store path that the local Nix knows (`push/nix.rs`), or a *source*, named and
+//! hashed here as `nix-store --add` would (`push/source.rs`). One question tells which paths of all closures the lake
+//! lacks; those are uploaded (`push/upload.rs`), references first. What is there already is not even read, so pushing
+//! again is cheap, and a push that was cut off is simply started again.
 
 mod argument;
 mod nix;

@@ -68,7 +68,7 @@ async fn ask_server(client: &Client) -> Part<Server> {
             let answer_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
             Part::Answer(Server { url: client.url(), answer_ms, info })
         }
-        Err(error) => silence(error.advice(), error.into()),
+        Err(error) => silence(error.advice(), &error.into()),
     }
 }
 
@@ -78,12 +78,12 @@ async fn ask_worker(socket: Option<&Path>, optional: bool) -> Option<Part<MountS
     match control::ask(path, &ControlRequest::Status, LIMIT).await {
         Ok(ControlResponse::Status(status)) => Some(Part::Answer(*status)),
         Err(error) if optional && socket.is_none() && error.is_absent() => None,
-        Ok(_) => Some(silence(ControlError::Mismatch.advice(), ControlError::Mismatch.into())),
-        Err(error) => Some(silence(error.advice(), error.into())),
+        Ok(_) => Some(silence(ControlError::Mismatch.advice(), &ControlError::Mismatch.into())),
+        Err(error) => Some(silence(error.advice(), &error.into())),
     }
 }
 
-fn silence<T>(advice: Option<String>, error: anyhow::Error) -> Part<T> {
+fn silence<T>(advice: Option<String>, error: &anyhow::Error) -> Part<T> {
     let error = match advice {
         Some(advice) => format!("{error:#}; {advice}"),
         None => format!("{error:#}"),

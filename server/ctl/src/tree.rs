@@ -1,12 +1,12 @@
 //! The tree of a store object in memory, and how a path is followed through it.
 //!
-//! A tree comes from a listing, or where there is none from the NAR itself ([`TreeBuilder`]): JSON knows no bytes, so an
-//! object with a name that is not UTF-8 has no listing. Paths are followed as the kernel would, symlinks included, over
-//! the border of the object to another one, but never out of the store.
+//! A tree comes from a listing, or where there is none from the NAR itself ([`TreeBuilder`]): JSON knows no bytes, so
+//! an object with a name that is not UTF-8 has no listing. Paths are followed as the kernel would, symlinks included,
+//! over the border of the object to another one, but never out of the store.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use narlake_format::nar::Event;
+use narlake_format::nar::{Event, NarError, Writer};
 use narlake_format::nix::listing;
 use narlake_format::nix::store_path::{StoreDir, StorePath};
 
@@ -48,9 +48,32 @@ impl From<listing::Node> for Node {
     }
 }
 
+/// Counts where in a NAR things are, by writing it again to nowhere: the event that announces a file does not tell.
+#[derive(Default)]
+pub struct Offsets {
+    writer: Writer,
+    scratch: Vec<u8>,
+}
+
+impl Offsets {
+    /// Where the bytes of the next event end; for a file, where its content starts.
+    ///
+    /// # Errors
+    /// When the event cannot come next.
+    pub fn after(&mut self, event: Event<'_>) -> Result<u64, NarError> {
+        match event {
+            Event::Data(data) => self.writer.skip(data.len() as u64)?,
+            event => self.writer.event(event, &mut self.scratch)?,
+        }
+        self.scratch.clear();
+        Ok(self.writer.offset())
+    }
+}
+
 /// Builds a tree from the events of a NAR.
 #[derive(Default)]
 pub struct TreeBuilder {
+    offsets: Offsets,
     /// The directories that are open.
     open: Vec<BTreeMap<Vec<u8>, Node>>,
     /// The name of the next node in each of them.
@@ -59,8 +82,12 @@ pub struct TreeBuilder {
 }
 
 impl TreeBuilder {
-    /// Takes the next event; `nar_offset` is where its bytes end in the NAR.
-    pub fn event(&mut self, event: Event<'_>, nar_offset: u64) {
+    /// Takes the next event.
+    ///
+    /// # Errors
+    /// When it cannot come next.
+    pub fn event(&mut self, event: Event<'_>) -> Result<(), NarError> {
+        let offset = self.offsets.after(event)?;
         match event {
             Event::Directory => self.open.push(BTreeMap::new()),
             Event::Entry { name } => self.names.push(name.to_vec()),
@@ -69,11 +96,12 @@ impl TreeBuilder {
                 self.place(Node::Directory(entries));
             }
             Event::File { executable, size } => {
-                self.place(Node::File { executable, size, nar_offset: Some(nar_offset) })
+                self.place(Node::File { executable, size, nar_offset: Some(offset) });
             }
             Event::Symlink { target } => self.place(Node::Symlink { target: target.to_vec() }),
             Event::Data(_) | Event::EndFile => {}
         }
+        Ok(())
     }
 
     /// The tree, if it is complete.

@@ -58,6 +58,16 @@ fn an_unreachable_server_is_an_error_that_helps() {
     }
 }
 
+#[test]
+fn a_server_that_says_nothing_is_not_waited_for() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let start = std::time::Instant::now();
+    let path = "/nix/store/0c4phn8d0z4d6mx8ym2ccyzl1l3rqbl4-x";
+    narlake(&["ls", path, "--server", &url, "--timeout", "1"]).bad(1, &["gave no answer for 1 s", "--timeout"]);
+    assert!(start.elapsed() < std::time::Duration::from_secs(10));
+}
+
 /// A host without any certificates can still talk to a server that needs none.
 #[test]
 fn plain_http_needs_no_certificates() {

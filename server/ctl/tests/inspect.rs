@@ -111,8 +111,8 @@ fn documents_of_a_lake() {
         let file = scratch.file("document", &bytes);
         assert_eq!(ask(&file, &["--json"]).good().json()["format"], format);
         let text = String::from_utf8(bytes).unwrap();
-        fs::write(&file, text.replacen('{', "{\"extra\": 1,", 1)).unwrap();
-        ask(&file, &[]).bad(1, &["is not a valid document of a lake", "unknown field `extra`", "line 1"]);
+        fs::write(&file, text.replacen('1', "2", 1)).unwrap();
+        ask(&file, &[]).bad(1, &["is not a valid document of a lake", "read document"]);
         fs::write(&file, &text[..text.len() / 2]).unwrap();
         ask(&file, &[]).bad(1, &["EOF while parsing", "line"]);
     }
@@ -146,7 +146,7 @@ fn standard_input_and_files_of_no_format() {
     ask(&scratch.file("file", "hello\n"), &[]).bad(1, &["is of no format", "--format"]);
     ask(&scratch.file("file", ""), &[]).bad(1, &["is of no format"]);
     ask(&scratch.file("file", "hello\n"), &["--format", "pack"]).bad(1, &["is not a valid pack"]);
-    ask(&scratch.file("file", "hello\n"), &["--format", "nar"]).bad(1, &["is not a valid NAR", "at offset 0"]);
+    ask(&scratch.file("file", "hello\n"), &["--format", "nar"]).bad(1, &["is not a valid NAR", "at offset"]);
     ask(&scratch.file("file", b"\xfd7zXZ\0..."), &[]).bad(1, &["is compressed; try: xz -dc"]);
     ask(&scratch.path("missing"), &[]).bad(1, &["open", "No such file"]);
     ask(&scratch.path(""), &[]).bad(1, &["read", "Is a directory"]);

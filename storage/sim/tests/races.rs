@@ -5,9 +5,9 @@ use std::time::Duration;
 use narlake_sim::{Actor, Fault, Model, Object, Objects, Plan, StateDir, World};
 use narlake_storage::{ErrorKind, Outcome};
 
-/// Waits until a request has been sent.
-async fn sent(actor: &Actor, start: &str) {
-    while !actor.store.trace().iter().any(|request| request.name.starts_with(start)) {
+/// Waits until a request has been sent whose name starts with the one text and has the other in it.
+async fn sent(actor: &Actor, start: &str, part: &str) {
+    while !actor.store.trace().iter().any(|request| request.name.starts_with(start) && request.name.contains(part)) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -26,16 +26,13 @@ fn a_hit_on_a_pack_in_flight_waits_for_it() {
         model.trying(&second);
         let plan = Plan::First("put packs/", "", Fault::Slow);
         let life = world.life(plan, StateDir::Empty, async |actor: Actor| {
-            let pushes = async {
-                tokio::join!(actor.push(&first), async {
-                    sent(&actor, "put packs/").await;
-                    let pushed = actor.push_again(&second).await;
-                    // The server dies the moment that B has its answer.
-                    actor.store.crash();
-                    pushed
-                })
-            };
-            pushes.await
+            tokio::join!(actor.push(&first), async {
+                sent(&actor, "put packs/", "").await;
+                let pushed = actor.push_again(&second).await;
+                // The server dies the moment that B has its answer.
+                actor.store.crash();
+                pushed
+            })
         });
         let (first_pushed, second_pushed) = life.result.expect("opens");
         if let Ok(published) = first_pushed {
@@ -81,15 +78,7 @@ fn the_first_of_two_servers_wins() {
         let plan = Plan::First("put caches/", "/paths/", Fault::Slow);
         let pushed = world.two_servers(plan, async |late, prompt| {
             tokio::join!(late.push(&one), async {
-                sent(&late, "put caches/").await;
-                while !late
-                    .store
-                    .trace()
-                    .iter()
-                    .any(|request| request.name.contains("/paths/") && request.name.starts_with("put"))
-                {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
+                sent(&late, "put caches/", "/paths/").await;
                 // On even seeds the late one's id is the older, on odd ones chance decides.
                 if seed % 2 == 0 {
                     clock.advance(Duration::from_millis(5));

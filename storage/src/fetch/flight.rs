@@ -137,9 +137,11 @@ impl Tower {
     /// at the deadline at the latest, so that a source that went silent once is asked again by whoever comes next.
     fn depart(self: Arc<Self>, pack: PackRef, range: Range<u64>, group: Vec<Span>) -> Flight {
         let keys: Vec<FrameKey> = group.iter().map(|span| FrameKey { pack, offset: span.offset }).collect();
-        let airborne = Airborne { tower: Arc::clone(&self), keys: keys.clone() };
+        let listed = keys.clone();
         let deadline = self.deadline;
         let task = tokio::spawn(async move {
+            // Made when the task first runs: one that a stopping runtime drops unrun would be dropped under the lock.
+            let airborne = Airborne { tower: Arc::clone(&self), keys: listed };
             let landing = tokio::time::timeout(self.deadline, self.fly(pack, range, &group)).await;
             drop(airborne);
             landing

@@ -132,10 +132,12 @@ impl ClientError {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Broken { .. } | Self::Deadline { .. } | Self::Short { .. } => true,
+            Self::Connect { .. } | Self::Broken { .. } | Self::Short { .. } => true,
             // 500 is how a server says 503 to a PUT that older Nix may have sent.
             Self::Refused { status, .. } => matches!(status, 408 | 429 | 500 | 502 | 503 | 504),
-            Self::Build { .. }
+            // A server that says nothing has had its time; to wait for it five times over is not what was asked for.
+            Self::Deadline { .. }
+            | Self::Build { .. }
             | Self::TokenFile { .. }
             | Self::Token { .. }
             | Self::Url { .. }
@@ -151,7 +153,9 @@ impl ClientError {
     pub fn advice(&self) -> Option<String> {
         let advice = match self {
             Self::Connect { .. } => "is narlake-server running there? give its URL with --server or NARLAKE_SERVER",
-            Self::NotNarlake { .. } => "give the URL of a narlake-server with --server or NARLAKE_SERVER",
+            Self::NotNarlake { .. } => {
+                "give the URL of a narlake-server, and not of one of its caches, with --server or NARLAKE_SERVER"
+            }
             Self::Deadline { .. } => "the server may be overloaded; --timeout gives it more time",
             Self::Token { .. } | Self::TokenFile { .. } => "a token file holds the token on a line of its own",
             Self::Refused { status: 401 | 403, .. } => {

@@ -8,7 +8,8 @@ use serde_json::Value as Json;
 use super::finding::{Finding, Value};
 use crate::cli::Format;
 
-/// Which format a JSON object is of, by keys that only it has. Damaged JSON is a document, whose reader then says where.
+/// Which format a JSON object is of, by keys that only it has. Damaged JSON is a document, whose reader then says
+/// where.
 pub(super) fn recognise(bytes: &[u8]) -> Option<Format> {
     let Ok(Json::Object(object)) = serde_json::from_slice(bytes) else { return Some(Format::Document) };
     let has = |key: &str| object.contains_key(key);

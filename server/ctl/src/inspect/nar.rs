@@ -3,10 +3,11 @@
 use std::io::{BufRead, ErrorKind};
 
 use anyhow::Context as _;
-use narlake_format::nar::{Event, MAGIC, NarError, Reader, Writer};
+use narlake_format::nar::{Event, MAGIC, NarError, Reader};
 use narlake_format::nix::hash::Sha256Hasher;
 
 use super::finding::{Finding, Value};
+use crate::tree::Offsets;
 
 /// Bytes that are read at once.
 pub(super) const PIECE: usize = 256 * 1024;
@@ -63,9 +64,7 @@ struct Contents {
     symlinks: u64,
     bytes: u64,
     largest: u64,
-    /// Writes the same NAR to nowhere, to know where in it the content of a file is.
-    writer: Writer,
-    scratch: Vec<u8>,
+    offsets: Offsets,
     /// The path of the node that comes next, and the lengths of those of the directories that are open.
     path: Vec<u8>,
     open: Vec<usize>,
@@ -74,15 +73,11 @@ struct Contents {
 
 impl Contents {
     fn take(&mut self, event: Event<'_>) -> Result<(), NarError> {
-        match event {
-            Event::Data(data) => return self.writer.skip(data.len() as u64),
-            event => self.writer.event(event, &mut self.scratch)?,
-        }
-        self.scratch.clear();
+        let offset = self.offsets.after(event)?;
         match event {
             Event::Directory => {
                 self.directories += 1;
-                self.row("directory", Value::None, false, Value::None);
+                self.row("directory", Value::None, false, Value::None, Value::None);
                 self.open.push(self.path.len());
             }
             Event::Entry { name } => {
@@ -98,21 +93,20 @@ impl Contents {
                 self.executables += u64::from(executable);
                 self.bytes += size;
                 self.largest = self.largest.max(size);
-                self.row("regular", size.into(), executable, Value::None);
+                self.row("regular", size.into(), executable, offset.into(), Value::None);
             }
             Event::Symlink { target } => {
                 self.symlinks += 1;
-                self.row("symlink", Value::None, false, Value::text(String::from_utf8_lossy(target)));
+                self.row("symlink", Value::None, false, Value::None, Value::text(String::from_utf8_lossy(target)));
             }
             Event::Data(_) | Event::EndFile => {}
         }
         Ok(())
     }
 
-    fn row(&mut self, kind: &str, size: Value, executable: bool, target: Value) {
+    fn row(&mut self, kind: &str, size: Value, executable: bool, offset: Value, target: Value) {
         let Some(rows) = &mut self.rows else { return };
         let path = if self.path.is_empty() { ".".into() } else { String::from_utf8_lossy(&self.path) };
-        let offset = if size == Value::None { Value::None } else { self.writer.offset().into() };
         rows.push(vec![Value::text(path), Value::text(kind), size, executable.into(), offset, target]);
     }
 }

@@ -1,7 +1,7 @@
 //! The local Nix, asked through its commands: what belongs to a closure, and what is known of each path.
 //!
-//! `nix-store -qR` gives the closure. `nix path-info --json` gives the metadata; its shape differs between versions, and
-//! [`parse_path_info`] reads all of them:
+//! `nix-store -qR` gives the closure. `nix path-info --json` gives the metadata; its shape differs between versions,
+//! and [`parse_path_info`] reads all of them:
 //!
 //! | Nix | document |
 //! |---|---|

@@ -96,25 +96,26 @@ fn roots_that_are_no_directories() {
 #[test]
 fn a_tree_from_events() {
     let mut builder = TreeBuilder::default();
-    let events = [
-        (Event::Directory, 0),
-        (Event::Entry { name: b"a" }, 0),
-        (Event::File { executable: true, size: 2 }, 100),
-        (Event::Data(b"xy"), 102),
-        (Event::EndFile, 108),
-        (Event::Entry { name: b"\xff" }, 0),
-        (Event::Directory, 0),
-        (Event::Entry { name: b"l" }, 0),
-        (Event::Symlink { target: b"a" }, 0),
-        (Event::EndDirectory, 0),
-        (Event::EndDirectory, 0),
-    ];
-    for (event, offset) in events {
-        builder.event(event, offset);
+    for event in [
+        Event::Directory,
+        Event::Entry { name: b"a" },
+        Event::File { executable: true, size: 2 },
+        Event::Data(b"xy"),
+        Event::EndFile,
+        Event::Entry { name: b"\xff" },
+        Event::Directory,
+        Event::Entry { name: b"l" },
+        Event::Symlink { target: b"a" },
+        Event::EndDirectory,
+        Event::EndDirectory,
+    ] {
+        builder.event(event).unwrap();
     }
     let inner = directory(&[("l", link("a"))]);
-    let entries =
-        [(b"a".to_vec(), Node::File { executable: true, size: 2, nar_offset: Some(100) }), (b"\xff".to_vec(), inner)];
+    // Fifteen strings, from the magic to "contents", and the length of the content.
+    let file = Node::File { executable: true, size: 2, nar_offset: Some(264) };
+    let entries = [(b"a".to_vec(), file), (b"\xff".to_vec(), inner)];
     assert_eq!(builder.finish(), Some(Node::Directory(entries.into_iter().collect())));
     assert_eq!(TreeBuilder::default().finish(), None);
+    assert!(TreeBuilder::default().event(Event::EndDirectory).is_err());
 }

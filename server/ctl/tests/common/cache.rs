@@ -12,29 +12,29 @@ use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::store_path::{StoreDir, StorePath};
 
 /// What the cache holds, and what it was asked.
-pub struct State {
-    pub dir: StoreDir,
+pub(crate) struct State {
+    pub(crate) dir: StoreDir,
     /// Bodies by URL path.
-    pub files: BTreeMap<String, Vec<u8>>,
+    pub(crate) files: BTreeMap<String, Vec<u8>>,
     /// Method and path of every request, in order.
-    pub requests: Vec<String>,
+    pub(crate) requests: Vec<String>,
     /// The token that a push needs.
-    pub token: Option<String>,
+    pub(crate) token: Option<String>,
     /// How many of the next requests that start like this are answered with this status, 0 for none at all.
-    pub failures: Vec<(String, usize, u16)>,
+    pub(crate) failures: Vec<(String, usize, u16)>,
     /// Listings are not to be had.
-    pub no_listings: bool,
+    pub(crate) no_listings: bool,
     /// Ranges are ignored.
-    pub no_ranges: bool,
+    pub(crate) no_ranges: bool,
 }
 
-pub struct Cache {
-    pub url: String,
-    pub state: Arc<Mutex<State>>,
+pub(crate) struct Cache {
+    pub(crate) url: String,
+    pub(crate) state: Arc<Mutex<State>>,
 }
 
 impl Cache {
-    pub fn start(dir: &str) -> Self {
+    pub(crate) fn start(dir: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let state = Arc::new(Mutex::new(State {
@@ -57,18 +57,18 @@ impl Cache {
         Self { url, state }
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The requests that were made with this method, without those before.
-    pub fn take_requests(&self, method: &str) -> Vec<String> {
+    pub(crate) fn take_requests(&self, method: &str) -> Vec<String> {
         let requests = std::mem::take(&mut self.state().requests);
         requests.into_iter().filter_map(|request| Some(request.strip_prefix(method)?.trim().to_owned())).collect()
     }
 
     /// Puts a path there whose NAR this is.
-    pub fn insert(&self, path: &StorePath, nar: &[u8]) {
+    pub(crate) fn insert(&self, path: &StorePath, nar: &[u8]) {
         let hash = Sha256Hash::of(nar);
         let url = format!("nar/{}-{}.nar", path.hash, hash.to_base32());
         let mut state = self.state();

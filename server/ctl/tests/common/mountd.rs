@@ -7,18 +7,18 @@ use std::sync::mpsc;
 
 use narlake_format::api::control::{ControlRequest, ControlResponse};
 
-pub struct Mountd {
-    pub socket: PathBuf,
+pub(crate) struct Mountd {
+    pub(crate) socket: PathBuf,
     asked: mpsc::Receiver<ControlRequest>,
 }
 
 impl Mountd {
-    pub fn start(socket: &Path, answer: &ControlResponse) -> Self {
+    pub(crate) fn start(socket: &Path, answer: &ControlResponse) -> Self {
         Self::start_raw(socket, &(serde_json::to_string(answer).unwrap() + "\n"))
     }
 
     /// Answers every request with these bytes, then closes.
-    pub fn start_raw(socket: &Path, answer: &str) -> Self {
+    pub(crate) fn start_raw(socket: &Path, answer: &str) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let (sender, asked) = mpsc::channel();
         let answer = answer.to_owned();
@@ -33,7 +33,7 @@ impl Mountd {
         Self { socket: socket.to_owned(), asked }
     }
 
-    pub fn asked(&self) -> ControlRequest {
+    pub(crate) fn asked(&self) -> ControlRequest {
         self.asked.recv_timeout(std::time::Duration::from_secs(10)).unwrap()
     }
 }

@@ -4,10 +4,11 @@
 //! cannot know of itself, since the lengths of strings are the table's: that a patch names a string that is there, and
 //! lies inside its file.
 
-use super::Patch;
+use super::{PLACEHOLDER, Patch};
 use crate::error::FormatError;
 use crate::id::{ContentId, FileId, PatchedFileHasher};
 use crate::lake::strings::StringTable;
+use crate::nix::store_path::STORE_HASH_CHARS;
 
 /// One restored span of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,6 +103,29 @@ impl PatchList {
         for span in self.spans.iter().skip(first).take_while(|span| span.offset < end) {
             span.copy_to(&self.table, offset, window);
         }
+    }
+
+    /// Takes the strings out of `window` again, which holds the restored bytes from `offset` of the file on. False if
+    /// something else stands where a string should.
+    #[must_use]
+    pub fn take_out(&self, offset: u64, window: &mut [u8]) -> bool {
+        let end = offset.saturating_add(window.len() as u64);
+        let first = self.spans.partition_point(|span| span.end() <= offset);
+        self.spans.iter().skip(first).take_while(|span| span.offset < end).all(|span| {
+            let bytes = span.bytes(&self.table);
+            let skipped = usize::try_from(offset.saturating_sub(span.offset)).unwrap_or(usize::MAX);
+            let at = usize::try_from(span.offset.saturating_sub(offset)).unwrap_or(usize::MAX);
+            let (Some(from), Some(to)) = (bytes.get(skipped..), window.get_mut(at..)) else { return false };
+            let (from, to) = (from.iter(), to.iter_mut());
+            // The hyphen between hash and name was never taken out.
+            (skipped..).zip(from.zip(to)).all(|(place, (byte, found))| {
+                let is_right = *byte == *found;
+                if place != STORE_HASH_CHARS {
+                    *found = PLACEHOLDER;
+                }
+                is_right
+            })
+        })
     }
 
     /// The name of the restored file, whose scrubbed bytes are `file`.

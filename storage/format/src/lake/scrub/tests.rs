@@ -95,6 +95,15 @@ fn restore(scrubbed: &[u8], patches: &[Patch], table: &StringTable, chunk_length
         list.restore(7 * number as u64, window);
     }
     assert_eq!(windows, whole);
+    for (number, window) in windows.chunks_mut(7).enumerate() {
+        assert!(list.take_out(7 * number as u64, window));
+    }
+    assert_eq!(windows, scrubbed);
+    for (offset, bytes) in list.iter() {
+        let mut wrong = whole.clone();
+        wrong[usize::try_from(offset).unwrap() + bytes.len() - 1] ^= 1;
+        assert!(!list.take_out(0, &mut wrong));
+    }
     let mut chunks = scrubbed.to_vec();
     let mut restorer = Restorer::new(table);
     let places: Vec<u64> = list.iter().map(|(offset, _)| offset).collect();

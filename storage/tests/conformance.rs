@@ -1,0 +1,87 @@
+//! object_store's own conformance suite over our stack of decorators, on every backend that there is.
+//!
+//! S3 runs where `NARLAKE_TEST_S3_ENDPOINT`, `NARLAKE_TEST_S3_BUCKET`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`
+//! name a server; each test then works under a prefix of its own.
+
+use std::sync::Arc;
+
+use futures::TryStreamExt;
+use narlake_storage::Metrics;
+use narlake_storage::bucket::meter::Meter;
+use narlake_storage::bucket::retry::{Retry, RetrySettings};
+use object_store::aws::AmazonS3Builder;
+use object_store::integration as suite;
+use object_store::limit::LimitStore;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectStore, ObjectStoreExt as _};
+use prometheus::Registry;
+
+type Backend = Arc<dyn ObjectStore>;
+
+/// The stack as `Bucket::stacked` builds it.
+fn stacked(backend: Backend) -> Retry<Meter<LimitStore<Backend>>> {
+    let metrics = Metrics::new(&Registry::new()).bucket;
+    let metered = Meter::new(LimitStore::new(backend, 128), metrics.clone());
+    Retry::new(metered, RetrySettings::default(), metrics)
+}
+
+/// What every backend must do. Each test of the suite wants to begin with nothing: `make` gives it a place of its own.
+async fn check(make: impl Fn(&str) -> Backend, supports_update: bool) {
+    let make = |name| stacked(make(name));
+    suite::put_get_delete_list(&make("put_get_delete_list")).await;
+    suite::get_opts(&make("get_opts")).await;
+    suite::put_opts(&make("put_opts"), supports_update).await;
+    suite::stream_get(&make("stream_get")).await;
+    suite::list_uses_directories_correctly(&make("list_uses_directories_correctly")).await;
+    suite::list_with_delimiter(&make("list_with_delimiter")).await;
+    suite::list_with_offset_exclusivity(&make("list_with_offset_exclusivity")).await;
+    suite::rename_and_copy(&make("rename_and_copy")).await;
+    suite::copy_if_not_exists(&make("copy_if_not_exists")).await;
+    suite::copy_rename_nonexistent_object(&make("copy_rename_nonexistent_object")).await;
+}
+
+#[tokio::test]
+async fn memory() {
+    check(|_| Arc::new(InMemory::new()), true).await;
+    suite::put_get_attributes(&stacked(Arc::new(InMemory::new()))).await;
+    suite::multipart_out_of_order(&stacked(Arc::new(InMemory::new()))).await;
+    suite::multipart_race_condition(&stacked(Arc::new(InMemory::new())), true).await;
+}
+
+#[tokio::test]
+async fn local_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let make = |name: &str| -> Backend {
+        let place = directory.path().join(name);
+        std::fs::create_dir(&place).unwrap();
+        Arc::new(LocalFileSystem::new_with_prefix(place).unwrap().with_fsync(true))
+    };
+    check(make, false).await;
+}
+
+#[tokio::test]
+async fn s3() {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let (Some(endpoint), Some(bucket)) = (variable("NARLAKE_TEST_S3_ENDPOINT"), variable("NARLAKE_TEST_S3_BUCKET"))
+    else {
+        eprintln!("SKIP: conformance::s3: NARLAKE_TEST_S3_ENDPOINT and NARLAKE_TEST_S3_BUCKET name no server");
+        return;
+    };
+    let server = AmazonS3Builder::from_env()
+        .with_endpoint(&endpoint)
+        .with_allow_http(endpoint.starts_with("http://"))
+        .with_bucket_name(bucket)
+        .with_region("us-east-1")
+        .build()
+        .unwrap();
+    let server: Backend = Arc::new(server);
+    let run = format!("conformance-{}", std::process::id());
+    for object in server.list(Some(&run.as_str().into())).try_collect::<Vec<_>>().await.unwrap() {
+        server.delete(&object.location).await.unwrap();
+    }
+    let make = |name: &str| -> Backend { Arc::new(PrefixStore::new(Arc::clone(&server), format!("{run}/{name}"))) };
+    check(make, true).await;
+    suite::multipart_out_of_order(&stacked(make("multipart_out_of_order"))).await;
+}

@@ -1,0 +1,14 @@
+//! The engine as its callers see it: one process, real threads, buckets in memory and in directories.
+//!
+//! What needs a faulty bucket or a crash is in `storage/sim/tests`.
+
+mod bad_input;
+mod dedup;
+mod delta;
+mod fetch;
+mod kit;
+mod local;
+mod publish;
+mod round_trip;
+mod state;
+mod upload;
