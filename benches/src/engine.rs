@@ -71,6 +71,21 @@ impl Engine {
         }
     }
 
+    /// Bytes of the string tables of published paths, wherever they are kept.
+    ///
+    /// # Panics
+    /// Where one is not there.
+    pub async fn table_bytes(&self, items: &[Item]) -> u64 {
+        let mut bytes = 0;
+        for item in items {
+            let record =
+                self.lake.lookup(&self.cache, &item.info.store_path.hash).await.expect("a bucket that answers");
+            let strings = self.lake.strings(&self.cache, &record.expect("a published path")).await.expect("a table");
+            bytes += strings.encode().len() as u64;
+        }
+        bytes
+    }
+
     /// Assembles every NAR and returns the seconds it took.
     ///
     /// # Panics

@@ -91,7 +91,8 @@ def a_program_runs_on_a_part(rig):
     check(fetched <= FETCHED_PER_FRAMES_MAX * needed, f"{fetched} bytes were fetched for frames of {needed}")
     before = mountd.fetched_bytes()
     nix.run(f"{root}/bin/python3", "-c", "import json, sqlite3")
-    equal(mountd.fetched_bytes(), before, "bytes fetched by a second run")
+    # Names that are not in the lake are asked for again after a while.
+    check(mountd.fetched_bytes() - before < 4096, "the second run fetched content again")
 
 
 @test(seconds=30)

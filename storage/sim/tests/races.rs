@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use narlake_sim::{Actor, Fault, Model, Object, Objects, Plan, StateDir, World};
+use narlake_sim::{Actor, Fault, Model, Object, Objects, Plan, Request, StateDir, World};
 use narlake_storage::{ErrorKind, Outcome};
 
 /// Waits until a request has been sent whose name starts with the one text and has the other in it.
 async fn sent(actor: &Actor, start: &str, part: &str) {
-    while !actor.store.trace().iter().any(|request| request.name.starts_with(start) && request.name.contains(part)) {
+    let wanted = |request: &Request| request.name.starts_with(start) && request.name.contains(part);
+    let start = tokio::time::Instant::now();
+    while !actor.store.trace().iter().any(wanted) {
+        assert!(start.elapsed() < Duration::from_secs(600), "no such request");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

@@ -99,7 +99,7 @@ fn restore(scrubbed: &[u8], patches: &[Patch], table: &StringTable, chunk_length
         assert!(list.take_out(7 * number as u64, window));
     }
     assert_eq!(windows, scrubbed);
-    for (offset, bytes) in list.iter() {
+    for (offset, bytes) in list.iter().take(3) {
         let mut wrong = whole.clone();
         wrong[usize::try_from(offset).unwrap() + bytes.len() - 1] ^= 1;
         assert!(!list.take_out(0, &mut wrong));
