@@ -34,6 +34,9 @@ use crate::view::{RecordSource, View, ViewSettings};
 /// Longest time for an orderly stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest time of it for requests that are under way.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long a start waits for a server that it could do without.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -57,6 +60,7 @@ pub struct Daemon {
     overlays: Arc<Overlays>,
     cache: Arc<Cache>,
     fetcher: Fetcher,
+    sockets: [PathBuf; 2],
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -172,7 +176,8 @@ impl Daemon {
         };
         let fetcher = Fetcher::new(blobs, fetch);
         let settings = ViewSettings { deadline: config.deadline, on_outage: config.on_outage };
-        let view = View::new(records, keys, (Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
+        let view =
+            View::new(records, keys, (fetcher.clone(), Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };
         let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &fetcher, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
@@ -210,7 +215,8 @@ impl Daemon {
         tasks.spawn(control.serve(control_listener, stop.clone()));
         tasks.close();
         tracing::info!(mount = %serving.dir().display(), server = %config.server, "serving");
-        Ok(Self { serving, store, view, overlays, cache, fetcher, stop, tasks })
+        let sockets = [config.nix_socket.clone(), config.control.clone()];
+        Ok(Self { serving, store, view, overlays, cache, fetcher, sockets, stop, tasks })
     }
 
     /// Stops: no further requests, overlays and mount gone, the cache left in order.
@@ -219,7 +225,12 @@ impl Daemon {
     /// When the mount cannot be taken away.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.tasks.wait().await;
+        if tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()).await.is_err() {
+            tracing::warn!("requests are still under way, going on without them");
+        }
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
         let (overlays, serving, cache) = (self.overlays, self.serving, self.cache);
         blocking(move || {
             overlays.down_all();

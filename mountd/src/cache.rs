@@ -138,6 +138,7 @@ impl Cache {
             metrics: metrics.clone(),
             _lock: lock,
         };
+        metrics.cache_limit_bytes.set(i64::try_from(settings.bytes_max).unwrap_or(i64::MAX));
         cache.make_room(0);
         Ok(cache)
     }

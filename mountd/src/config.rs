@@ -207,16 +207,21 @@ impl Settings {
             let (setting, reason) = ("--fetch-deadline-s", "is not between 1 and 600");
             return Err(ConfigError::Invalid { setting, value: deadline_s.to_string(), reason });
         }
+        // Nix and overlays are told these paths, from other working directories.
+        let absolute = |path: Option<PathBuf>, setting| {
+            let path = path.ok_or_else(missing(setting))?;
+            std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })
+        };
         Ok(Config {
             server: parse_url(server)?,
             token: token.transpose()?,
             trusted_keys,
             deadline: Duration::from_secs(deadline_s),
             on_outage: self.on_outage.unwrap_or_default(),
-            mount: self.mount.ok_or_else(missing("--mount"))?,
-            cache_dir: self.cache_dir.ok_or_else(missing("--cache-dir"))?,
-            nix_socket: self.nix_socket.ok_or_else(missing("--nix-socket"))?,
-            control: self.control.ok_or_else(missing("--control"))?,
+            mount: absolute(self.mount, "--mount")?,
+            cache_dir: absolute(self.cache_dir, "--cache-dir")?,
+            nix_socket: absolute(self.nix_socket, "--nix-socket")?,
+            control: absolute(self.control, "--control")?,
             cache_bytes: self.cache_bytes.unwrap_or(20 << 30),
             tree_bytes: self.tree_bytes.unwrap_or(128 << 20),
             frame_bytes: self.frame_bytes.unwrap_or(64 << 20),

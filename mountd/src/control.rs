@@ -62,7 +62,7 @@ pub struct Control {
 }
 
 impl Control {
-    /// Accepts connections until told to stop. Requests under way are finished: half an overlay helps nobody.
+    /// Accepts connections until told to stop. Overlays under way are finished: half of one helps nobody.
     pub async fn serve(self, listener: UnixListener, stop: CancellationToken) {
         let tracker = TaskTracker::new();
         loop {
@@ -106,7 +106,7 @@ impl Control {
                 return Ok(());
             }
             let is_whole = length <= LINE_MAX;
-            let response = if is_whole { self.answer(&line).await } else { invalid("the line is too long") };
+            let response = if is_whole { self.answer(&line, stop).await } else { invalid("the line is too long") };
             let mut text = serde_json::to_vec(&response)?;
             text.push(b'\n');
             write.write_all(&text).await?;
@@ -116,34 +116,39 @@ impl Control {
         }
     }
 
-    async fn answer(&self, line: &[u8]) -> ControlResponse {
+    async fn answer(&self, line: &[u8], stop: &CancellationToken) -> ControlResponse {
         let request: ControlRequest = match serde_json::from_slice(line) {
             Ok(request) => request,
             Err(error) => return invalid(&format!("malformed request: {error}")),
         };
-        self.carry_out(request).await.unwrap_or_else(|error| {
+        self.carry_out(request, stop).await.unwrap_or_else(|error| {
             let message = crate::error::chain(&error);
             tracing::warn!(error = message, "control request failed");
             ControlResponse::Error { kind: error.kind(), message }
         })
     }
 
-    async fn carry_out(&self, request: ControlRequest) -> Result<ControlResponse, ControlError> {
+    async fn carry_out(
+        &self,
+        request: ControlRequest,
+        stop: &CancellationToken,
+    ) -> Result<ControlResponse, ControlError> {
         match request {
             ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status()))),
             ControlRequest::OverlayUp { upper, work, merged } => {
-                self.to_the_end(async |overlays| overlays.up(upper, work, merged).await.map(ControlResponse::Overlay))
-                    .await
+                Ok(ControlResponse::Overlay(self.overlays.up(upper, work, merged).await?))
             }
-            ControlRequest::OverlayAdopt { merged } => {
-                self.to_the_end(async |overlays| overlays.adopt(merged).await.map(ControlResponse::Overlay)).await
-            }
+            ControlRequest::OverlayAdopt { merged } => Ok(ControlResponse::Overlay(self.overlays.adopt(merged).await?)),
             ControlRequest::OverlayDown { merged, lazy } => {
-                self.to_the_end(async |overlays| overlays.down(merged, lazy).await.map(|()| ControlResponse::Done))
-                    .await
+                self.overlays.down(merged, lazy).await?;
+                Ok(ControlResponse::Done)
             }
             ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.overlays.list() }),
-            ControlRequest::Ensure { paths, timeout_s } => self.ensure(&paths, timeout_s).await,
+            // It only waits for the server, perhaps for long; overlays are mounted and unmounted to the end.
+            ControlRequest::Ensure { paths, timeout_s } => tokio::select! {
+                () = stop.cancelled() => Err(ControlError::Stopping),
+                ensured = self.ensure(&paths, timeout_s) => ensured,
+            },
             ControlRequest::Refresh { merged } => {
                 if let Some(merged) = merged
                     && !self.overlays.list().iter().any(|overlay| overlay.merged == merged)
@@ -160,15 +165,6 @@ impl Control {
                 Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) })
             }
         }
-    }
-
-    /// Runs what must not stop half-way, although its client may leave.
-    async fn to_the_end<F>(&self, work: F) -> Result<ControlResponse, ControlError>
-    where
-        F: AsyncFnOnce(Arc<Overlays>) -> Result<ControlResponse, OverlayError>,
-    {
-        // Nothing here is cancelled by a client that leaves: a connection's task runs until its request is done.
-        Ok(work(Arc::clone(&self.overlays)).await?)
     }
 
     async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
@@ -227,12 +223,15 @@ enum ControlError {
     View(#[from] ViewError),
     #[error("{path} is not a store path of {dir}")]
     Path { path: String, dir: String },
+    #[error("the daemon is stopping")]
+    Stopping,
 }
 
 impl ControlError {
     fn kind(&self) -> ControlErrorKind {
         match self {
             Self::Path { .. } => ControlErrorKind::Invalid,
+            Self::Stopping => ControlErrorKind::Unavailable,
             Self::View(ViewError::Overlay(error)) | Self::Overlay(error) => match error {
                 OverlayError::Refused { .. } => ControlErrorKind::Invalid,
                 OverlayError::Unknown { .. } => ControlErrorKind::NotFound,

@@ -7,7 +7,7 @@
 //! A refresh makes an overlay forget the names that did not exist. Refreshes coalesce: whoever asks for one shares the
 //! next that begins, and there are at most five a second.
 //!
-//! Overlay options are fixed (docs/decisions/0004-overlay-options.md): what Nix's own check accepts, renames of lower
+//! Overlay options are fixed (docs/decisions/0007-overlay-options.md): what Nix's own check accepts, renames of lower
 //! directories that work, a chmod that copies no content, and no index, which would tie an upper for ever to one lower.
 
 mod checks;

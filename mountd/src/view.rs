@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use narlake_storage::ErrorKind;
+use narlake_storage::fetch::Fetcher;
 use quick_cache::sync::Cache as Lru;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -125,6 +126,7 @@ struct Inner {
     /// With [`OnOutage::Build`]: until when the server is not asked.
     down_until: Mutex<Option<Instant>>,
     nodes: Arc<NodeTable>,
+    fetcher: Fetcher,
     metrics: Metrics,
 }
 
@@ -135,7 +137,7 @@ impl View {
     pub fn new(
         source: Arc<dyn RecordSource>,
         keys: TrustedKeys,
-        (nodes, overlays): (Arc<NodeTable>, Arc<Overlays>),
+        (fetcher, nodes, overlays): (Fetcher, Arc<NodeTable>, Arc<Overlays>),
         settings: ViewSettings,
         metrics: &Metrics,
     ) -> Self {
@@ -150,6 +152,7 @@ impl View {
             prefetching: Mutex::default(),
             down_until: Mutex::default(),
             nodes,
+            fetcher,
             metrics: metrics.clone(),
         };
         Self { inner: Arc::new(inner) }

@@ -451,6 +451,9 @@ class Mountd:
 
     def kill(self):
         self.daemon.kill()
+        # The mount stays, dead, and would pass for the next daemon's; its sockets would too.
+        for socket_left in (self.nix_socket, self.control_socket):
+            socket_left.unlink(missing_ok=True)
 
     def narlake(self, *arguments, **options):
         """The narlake command, told to speak to this daemon."""

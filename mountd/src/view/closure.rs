@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 
+use narlake_format::id::{BlobId, BlobKind};
 use narlake_format::limits::CLOSURE_MAX;
 use narlake_format::nix::store_path::{StorePath, StorePathHash};
 
@@ -12,6 +13,12 @@ use crate::trust::{TrustedRecord, Untrusted};
 
 /// Closures fetched in the background at once.
 const PREFETCHES_MAX: usize = 4;
+
+/// Trees whose heads are fetched ahead; those of a larger closure come when they are looked at.
+const WARM_MAX: usize = 4096;
+
+/// Heads fetched at once.
+const WARM_AT_ONCE: usize = 128;
 
 /// What a view has of some closures.
 #[derive(Debug, Default)]
@@ -49,6 +56,7 @@ impl View {
         closures.missing.extend(missing);
         let show: Vec<StorePath> = found.into_iter().collect();
         self.show(&show).await?;
+        self.warm(&closures.records).await;
         Ok(closures)
     }
 
@@ -71,8 +79,9 @@ impl View {
         }
         let view = self.clone();
         tokio::spawn(async move {
-            if let Err(error) = view.load_closures(&[root]).await {
-                tracing::warn!(root = %root, error = crate::error::chain(&error), "prefetch the closure");
+            match view.load_closures(&[root]).await {
+                Ok(closures) => view.warm(&closures.records).await,
+                Err(error) => tracing::warn!(root = %root, error = crate::error::chain(&error), "prefetch the closure"),
             }
             view.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
         });
@@ -114,6 +123,22 @@ impl View {
             self.inner.records.insert(record.info().store_path.hash, record.clone());
         }
         Ok(closures)
+    }
+
+    /// Fetches the heads of these objects' trees, many in one request: a sandbox that is laid out looks at each path of a
+    /// closure, one after the other, and the rest of a small tree lies in the frame of its head. What goes wrong here
+    /// goes wrong again for whoever needs it, and is told there.
+    async fn warm(&self, records: &[TrustedRecord]) {
+        let heads: Vec<BlobId> = records.iter().map(|record| record.manifest().into()).take(WARM_MAX).collect();
+        if self.inner.fetcher.locate(BlobKind::Manifest, &heads).await.is_err() {
+            return;
+        }
+        for some in heads.chunks(WARM_AT_ONCE) {
+            let blobs: Vec<(BlobKind, BlobId)> = some.iter().map(|id| (BlobKind::Manifest, *id)).collect();
+            if self.inner.fetcher.fetch(&blobs).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Gives these objects their nodeids. If that fails, so will their look-ups, and say why.

@@ -276,10 +276,10 @@ impl World {
         };
         let overlays = Arc::new(Overlays::new(own, &self.metrics));
         let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
-        let parts = (Arc::clone(&nodes), overlays);
-        let view = View::new(Arc::clone(&self.source) as _, self.keys(), parts, settings, &self.metrics);
         let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
         let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
+        let parts = (fetcher.clone(), Arc::clone(&nodes), overlays);
+        let view = View::new(Arc::clone(&self.source) as _, self.keys(), parts, settings, &self.metrics);
         let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
         let lazy = LazyStore::new(view.clone(), nodes, &fetcher, Arc::clone(&cache), settings, &self.metrics);
         Store { lazy, view, cache }

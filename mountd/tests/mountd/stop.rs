@@ -43,14 +43,17 @@ impl Program {
         command
     }
 
-    /// Starts the program and waits for it to say that it is ready.
+    /// Starts the program, whose server is not there, and waits for it to say that it is ready.
     fn start(&mut self) {
+        self.start_with(&["--server", "http://127.0.0.1:1", "--trusted-key", KEY, "--fetch-deadline-s", "1"]);
+    }
+
+    fn start_with(&mut self, arguments: &[&str]) {
         let notify = self.at("notify");
         let _ = fs::remove_file(&notify);
         let socket = UnixDatagram::bind(&notify).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        let server = ["--server", "http://127.0.0.1:1", "--trusted-key", KEY, "--fetch-deadline-s", "1"];
-        self.child = Some(self.command(&server).env("NOTIFY_SOCKET", &notify).spawn().unwrap());
+        self.child = Some(self.command(arguments).env("NOTIFY_SOCKET", &notify).spawn().unwrap());
         let mut line = [0; 64];
         let length = socket.recv(&mut line).unwrap_or_else(|error| panic!("{error}: {}", self.log()));
         assert_eq!(&line[..length], b"READY=1");
@@ -152,6 +155,29 @@ fn a_busy_mount_is_detached() {
     assert!(!program.is_mounted());
     assert!(program.log().contains("in use"), "{}", program.log());
     drop(held);
+}
+
+/// A server that takes questions and never answers, with people waiting for it: it ends in time all the same.
+#[test]
+fn a_stuck_server_does_not_keep_it() {
+    let Some(mut program) = Program::new() else { return };
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", server.local_addr().unwrap());
+    program.start_with(&["--server", &url, "--trusted-key", KEY, "--fetch-deadline-s", "600"]);
+    let name = "00000000000000000000000000000000-absent";
+    let looked = program.at("mnt").join(name);
+    let look = std::thread::spawn(move || fs::metadata(looked).unwrap_err().raw_os_error());
+    let mut ensure = std::os::unix::net::UnixStream::connect(program.at("control.sock")).unwrap();
+    std::io::Write::write_all(&mut ensure, format!("{{\"op\":\"ensure\",\"paths\":[\"{name}\"]}}\n").as_bytes())
+        .unwrap();
+    std::thread::park_timeout(Duration::from_millis(300));
+    let began = Instant::now();
+    program.signal(Signal::TERM);
+    let status = program.wait();
+    assert!(status.success() && began.elapsed() < Duration::from_secs(10), "{status}: {}", program.log());
+    assert!(look.join().unwrap().is_some());
+    assert!(!program.is_mounted() && !program.at("control.sock").exists());
+    drop(server);
 }
 
 /// What was killed leaves a dead mount and dead overlays. The next one takes over.
