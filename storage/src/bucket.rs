@@ -327,9 +327,15 @@ impl Bucket {
     /// # Errors
     /// Where the bucket does not answer.
     pub async fn delete(&self, key: &str) -> Result<(), Error> {
-        match self.store.delete(&path(key)?).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(bucket_error("delete", key, error)),
+        let at = path(key)?;
+        // The backend deletes in streams, which the retry layer lets pass.
+        let mut attempt = 0;
+        loop {
+            match self.store.delete(&at).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => return Ok(()),
+                Err(error) if attempt < BODY_RETRIES && retry::is_transient(&error) => attempt += 1,
+                Err(error) => return Err(bucket_error("delete", key, error)),
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::damage::Damage;
 use crate::fault::{Fault, Plan};
 use crate::rng::{Rng, hash};
 
-/// Shorter than the engine gives one attempt, and longer.
+/// Shorter than the engine gives one attempt to write, and longer.
 const SLOW: Duration = Duration::from_secs(20);
 const STUCK: Duration = Duration::from_secs(90);
 

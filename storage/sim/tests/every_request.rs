@@ -89,3 +89,27 @@ fn crash_before_request() {
 fn crash_after_request() {
     check(Fault::CrashAfter);
 }
+
+/// What passes is not the client's business: with the first try of every request failing in one of these ways, the lake
+/// opens and the first push is acknowledged.
+#[test]
+fn faults_that_pass_are_not_seen() {
+    for fault in [Fault::Before, Fault::After, Fault::Slow, Fault::Stuck, Fault::Reset] {
+        let _at = At(format!("{fault:?}"));
+        let object = Objects::new(21).object(&[]);
+        let mut world = World::new(21);
+        let mut model = Model::default();
+        model.trying(&object);
+        let plan = Plan::First("", "", fault);
+        let life = world.life(plan, StateDir::Empty, async |actor: Actor| {
+            let published = actor.push(&object).await?;
+            let read = actor.read(&object.path.hash).await?.expect("just pushed");
+            assert!(read.1 == object.nar);
+            actor.lake.close().await?;
+            Ok::<_, narlake_storage::Error>(published)
+        });
+        let done = life.result.and_then(|pushed| pushed).unwrap_or_else(|e| panic!("{fault:?}: {}", e.chain()));
+        model.acknowledged(&object.path.hash, done.record.info().nar_hash);
+        world.check(&model);
+    }
+}

@@ -80,7 +80,7 @@ impl Run {
 
 #[test]
 fn random_lives() {
-    for_each_seed("random_lives", 12, |seed| {
+    for_each_seed("random_lives", 10, |seed| {
         let mut world = World::new(seed);
         let mut run = Run {
             rng: Rng::part(seed, "steps"),

@@ -25,8 +25,11 @@ use super::meter::BucketMetrics;
 pub struct RetrySettings {
     /// Attempts in all.
     pub attempts_max: u32,
-    /// Time limit of one attempt.
-    pub attempt_timeout: Duration,
+    /// Time limit of one attempt to write.
+    pub write_timeout: Duration,
+    /// Time limit of one attempt to read, until the answer begins. Less than half of what a fetch may take, so that one
+    /// request without an answer is repeated before somebody gives up.
+    pub read_timeout: Duration,
     /// Time limit of all attempts and the pauses between them.
     pub deadline: Duration,
     /// The first pause; each further one is twice as long, less a random part.
@@ -39,7 +42,8 @@ impl Default for RetrySettings {
     fn default() -> Self {
         Self {
             attempts_max: 5,
-            attempt_timeout: Duration::from_secs(60),
+            write_timeout: Duration::from_secs(60),
+            read_timeout: Duration::from_secs(10),
             deadline: Duration::from_secs(120),
             backoff_first: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
@@ -67,15 +71,20 @@ impl<T: ObjectStore> Retry<T> {
     where
         F: Future<Output = Result<R>>,
     {
+        let limit = if operation == "put" || operation == "copy" {
+            self.settings.write_timeout
+        } else {
+            self.settings.read_timeout
+        };
         let start = tokio::time::Instant::now();
         let mut tries = 0;
         loop {
             tries += 1;
-            let error = match tokio::time::timeout(self.settings.attempt_timeout, attempt()).await {
+            let error = match tokio::time::timeout(limit, attempt()).await {
                 Ok(Ok(done)) => return Ok(done),
                 Ok(Err(error)) if !is_transient(&error) => return Err(error),
                 Ok(Err(error)) => error,
-                Err(_) => timed_out(operation, self.settings.attempt_timeout),
+                Err(_) => timed_out(operation, limit),
             };
             let pause = self.pause(tries);
             if tries >= self.settings.attempts_max || start.elapsed() + pause >= self.settings.deadline {
