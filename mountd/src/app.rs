@@ -37,6 +37,12 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest time of it for requests that are under way.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// By how much a time limit is shorter than the one around it.
+const DEADLINE_STEP: Duration = Duration::from_secs(1);
+
+/// Reads of packs that may be under way, most of them waiting for their turn at the server (`remote`).
+const FETCHES_MAX: usize = 256;
+
 /// How long a start waits for a server that it could do without.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -90,8 +96,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 /// Finds out what the server serves and whom to believe. A server that does not answer is no reason not to start,
 /// unless it is the one to say which key to trust.
 async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> {
-    let settings =
-        RemoteSettings { server: config.server.clone(), token: config.token.clone(), deadline: config.deadline };
+    let settings = RemoteSettings {
+        server: config.server.clone(),
+        token: config.token.clone(),
+        deadline: inside(config.deadline, 2),
+    };
     let default_dir = StoreDir::default();
     let remote = Remote::new(settings, default_dir.clone(), metrics).context("start the HTTP client")?;
     let must_ask = config.trusted_keys.is_empty();
@@ -133,6 +142,12 @@ async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> 
     Ok(Sources { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names })
 }
 
+/// The time limit of what works this many levels inside of something limited to `limit`. What is inside ends first, and
+/// says what it was waiting for.
+fn inside(limit: Duration, levels: u32) -> Duration {
+    limit.saturating_sub(levels * DEADLINE_STEP.min(limit / 10))
+}
+
 fn names_of(keys: &[PublicKey]) -> Vec<String> {
     keys.iter().map(|key| key.name().to_owned()).collect()
 }
@@ -170,12 +185,13 @@ impl Daemon {
         .await??;
         let overlays = Arc::new(Overlays::new(own, metrics));
         let fetch = FetchSettings {
-            deadline: config.deadline,
+            deadline: inside(config.deadline, 1),
             frame_cache_bytes: config.frame_bytes,
+            parallel: FETCHES_MAX,
             ..FetchSettings::default()
         };
         let fetcher = Fetcher::new(blobs, fetch);
-        let settings = ViewSettings { deadline: config.deadline, on_outage: config.on_outage };
+        let settings = ViewSettings { deadline: inside(config.deadline, 1), on_outage: config.on_outage };
         let view =
             View::new(records, keys, (fetcher.clone(), Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };

@@ -83,8 +83,10 @@ pub enum CacheError {
 pub struct Cache {
     dir: PathBuf,
     settings: CacheSettings,
-    // Held for bookkeeping and for unlinking what is evicted, never while content is read or written.
+    // Held for bookkeeping and to drop a single file, never while content is read, written or evicted.
     ledger: Mutex<Ledger>,
+    // Evictions take turns, so that two do not free the same bytes. Taken before the ledger.
+    evicting: Mutex<()>,
     temporary: AtomicU64,
     boot: BootMark,
     metrics: Metrics,
@@ -133,6 +135,7 @@ impl Cache {
             dir: dir.to_owned(),
             settings,
             ledger: Mutex::new(ledger),
+            evicting: Mutex::default(),
             temporary: AtomicU64::new(0),
             boot,
             metrics: metrics.clone(),
@@ -140,6 +143,7 @@ impl Cache {
         };
         metrics.cache_limit_bytes.set(i64::try_from(settings.bytes_max).unwrap_or(i64::MAX));
         cache.make_room(0);
+        cache.show(&cache.ledger());
         Ok(cache)
     }
 
@@ -175,8 +179,8 @@ impl Cache {
 
     /// Drops what was used least recently until at most `bytes` are left. Returns how many bytes went.
     pub fn shrink_to(&self, bytes: u64) -> u64 {
-        let mut ledger = self.ledger();
-        self.evict(&mut ledger, bytes)
+        let _turn = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.evict(bytes)
     }
 
     /// Says that the directory is left in order: everything is on disk. The last thing before a process ends.
@@ -196,27 +200,34 @@ impl Cache {
         if bytes > self.settings.bytes_max {
             return false;
         }
-        let mut ledger = self.ledger();
-        if ledger.used() + bytes > self.settings.bytes_max {
-            let goal = self.settings.low_water().min(self.settings.bytes_max - bytes);
-            self.evict(&mut ledger, goal);
+        let fits = || self.ledger().used() + bytes <= self.settings.bytes_max;
+        if fits() {
+            return true;
         }
-        let fits = ledger.used() + bytes <= self.settings.bytes_max;
-        self.show(&ledger);
-        fits
+        let _turn = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !fits() {
+            self.evict(self.settings.low_water().min(self.settings.bytes_max - bytes));
+        }
+        fits()
     }
 
-    fn evict(&self, ledger: &mut Ledger, goal: u64) -> u64 {
-        let before = ledger.used();
-        for (id, is_partial) in ledger.plan(goal) {
-            let gone = if is_partial { partial::remove(&self.dir, &id) } else { hot::remove(&self.dir, &id) };
-            if gone {
-                ledger.forget(&id);
+    /// Unlinks what the plan says, for a caller who has its turn. Files may be used again meanwhile, or made anew: at
+    /// worst the ledger then counts one that is gone, which whoever opens it finds out.
+    fn evict(&self, goal: u64) -> u64 {
+        let plan = self.ledger().plan(goal);
+        let mut freed = 0;
+        for planned in plan {
+            let remove = if planned.partial { partial::remove } else { hot::remove };
+            if remove(&self.dir, &planned.id) {
+                let mut ledger = self.ledger();
+                let before = ledger.used();
+                ledger.evicted(&planned);
+                freed += before - ledger.used();
                 self.metrics.cache_evictions.inc();
             }
         }
-        self.show(ledger);
-        before - ledger.used()
+        self.show(&self.ledger());
+        freed
     }
 
     fn show(&self, ledger: &Ledger) {

@@ -26,7 +26,7 @@ pub struct Settings {
     /// File that holds the token to send to the server
     #[arg(long, env = "NARLAKE_MOUNTD_TOKEN_FILE", value_name = "FILE", help_heading = "Server")]
     pub token_file: Option<PathBuf>,
-    /// Key whose signature content needs, as <name>:<base64>; may be repeated. Without any, a server on this host is
+    /// Key whose signature content needs, as `<name>:<base64>`; may be repeated. Without any, a server on this host is
     /// asked for its own
     #[arg(
         long = "trusted-key",

@@ -27,6 +27,9 @@ const CONNECTIONS_MAX: usize = 64;
 /// Longest time that `ensure` may be asked to try.
 const ENSURE_MAX: Duration = Duration::from_secs(24 * 3600);
 
+/// Longest time for an answer to be taken.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// What the daemon says of itself in a status, and does not change.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -109,7 +112,7 @@ impl Control {
             let response = if is_whole { self.answer(&line, stop).await } else { invalid("the line is too long") };
             let mut text = serde_json::to_vec(&response)?;
             text.push(b'\n');
-            write.write_all(&text).await?;
+            tokio::time::timeout(WRITE_TIMEOUT, write.write_all(&text)).await??;
             if !is_whole {
                 return Ok(());
             }

@@ -212,10 +212,8 @@ impl LazyStore {
             metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
             numbers
         });
-        match registered.await {
-            Ok(numbers) => numbers.map_err(FsError::Nodes)?.into_iter().next().ok_or(FsError::NotFound),
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        let numbers = crate::error::joined(registered).await.map_err(FsError::Nodes)?;
+        numbers.into_iter().next().ok_or(FsError::NotFound)
     }
 
     /// The object, object number and entry that a nodeid stands for.

@@ -118,8 +118,7 @@ impl NixSocket {
             Err(error) => {
                 let error = crate::error::chain(&error);
                 tracing::error!(op = request.operation().name(), error, "request on the Nix socket failed");
-                // Not the words "is not valid": Nix would take them for an answer.
-                Reply::Error(format!("narlake-mountd cannot tell: {error}"))
+                Reply::Error(failure(&error))
             }
         }
     }
@@ -168,6 +167,12 @@ impl NixSocket {
         }
         Ok(valid)
     }
+}
+
+/// What Nix is told when there is no answer. Nix takes the words "is not valid" for one, so they are never in it, also
+/// where a server, or a proxy before it, has put them into the text of an error.
+fn failure(error: &str) -> String {
+    format!("narlake-mountd cannot tell: {}", error.replace("is not valid", "is not-valid"))
 }
 
 async fn accept(
@@ -295,4 +300,14 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::failure;
+
+    #[test]
+    fn failures_are_no_answers() {
+        assert!(!failure("server answers 404: path 'x' is not valid").contains("is not valid"));
+    }
 }

@@ -25,6 +25,7 @@ use narlake_format::api::control::OverlayInfo;
 use tokio::time::Instant;
 
 use self::kernel::Seen;
+use crate::error::joined;
 use crate::metrics::Metrics;
 use crate::mountinfo;
 
@@ -165,7 +166,7 @@ impl Overlays {
                 let operation = "mount an overlay (see the kernel's log; the upper may not lie on an overlay) on";
                 OverlayError::Kernel { operation, path: plan.merged.clone(), source }
             })?;
-            this.take(plan.merged, plan.upper, Some(plan.work), false)
+            this.take(&plan.merged, plan.upper, Some(plan.work), false)
         })
         .await
     }
@@ -190,7 +191,7 @@ impl Overlays {
                 path: merged.clone(),
                 reason: "a read-only overlay needs no care".into(),
             })?;
-            this.take(merged, upper, mount.option("workdir"), true)
+            this.take(&merged, upper, mount.option("workdir"), true)
         })
         .await
     }
@@ -207,13 +208,11 @@ impl Overlays {
 
     fn down_blocking(&self, merged: &Path, lazy: bool) -> Result<(), OverlayError> {
         let merged = checks::canonical(merged)?;
-        let known = self.table().remove(&merged);
-        if known.is_none() {
-            let mount = mountinfo::mount_on(&merged).map_err(OverlayError::kernel("find mounts on", &merged))?;
-            if !mount.is_some_and(|mount| self.is_ours(&mount)) {
-                return Err(OverlayError::Unknown { path: merged });
-            }
+        let mount = mountinfo::mount_on(&merged).map_err(OverlayError::kernel("find mounts on", &merged))?;
+        if !mount.as_ref().is_some_and(|mount| self.is_ours(mount)) {
+            return self.down_elsewhere(merged, mount.as_ref());
         }
+        let known = self.table().remove(&merged);
         match kernel::unmount(&merged, lazy) {
             Ok(()) => {
                 self.show_count();
@@ -229,6 +228,24 @@ impl Overlays {
                 } else {
                     Err(OverlayError::kernel("unmount", &merged)(error))
                 }
+            }
+        }
+    }
+
+    /// Takes down an overlay that is not what is seen where it was mounted.
+    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&mountinfo::MountInfo>) -> Result<(), OverlayError> {
+        match mount {
+            _ if !self.table().contains_key(&merged) => Err(OverlayError::Unknown { path: merged }),
+            // Somebody has unmounted it already.
+            None => {
+                self.table().remove(&merged);
+                self.show_count();
+                Ok(())
+            }
+            Some(mount) => {
+                let reason =
+                    format!("a mount of type {} that is not the overlay is on it; unmount that first", mount.fs_type);
+                Err(OverlayError::Refused { path: merged, reason })
             }
         }
     }
@@ -261,15 +278,16 @@ impl Overlays {
     pub async fn refresh(&self) -> Result<usize, OverlayError> {
         let ticket = self.refresher.asked.fetch_add(1, Ordering::SeqCst) + 1;
         let mut began = self.refresher.turn.lock().await;
-        let overlays = self.all();
         if self.refresher.done.load(Ordering::SeqCst) >= ticket {
-            return Ok(overlays.len());
+            return Ok(self.table().len());
         }
         if let Some(before) = *began {
             tokio::time::sleep_until(before + REFRESH_EVERY).await;
         }
         *began = Some(Instant::now());
         let covers = self.refresher.asked.load(Ordering::SeqCst);
+        // Only now: whoever asks from here on, for an overlay that is not among these, gets a refresh of its own.
+        let overlays = self.all();
         let count = overlays.len();
         self.metrics.overlay_refreshes.inc();
         blocking(move || {
@@ -322,22 +340,32 @@ impl Overlays {
 
     fn take(
         &self,
-        merged: PathBuf,
+        merged: &Path,
         upper: PathBuf,
         work: Option<PathBuf>,
         adopted: bool,
     ) -> Result<OverlayInfo, OverlayError> {
-        let tree = kernel::clone_tree(&merged).map_err(OverlayError::kernel("clone the mount on", &merged));
-        let tree = tree.inspect_err(|_| {
+        let give_up = |_: &OverlayError| {
             if !adopted {
-                let _ = kernel::unmount(&merged, true);
+                let _ = kernel::unmount(merged, true);
             }
-        })?;
-        let store_uri = self.store_uri(&merged, &upper);
-        let info = OverlayInfo { merged, lower: self.own.lower.clone(), upper, work, adopted, store_uri };
-        self.table().insert(info.merged.clone(), Arc::new(Overlay { info: info.clone(), tree }));
+        };
+        let tree = kernel::clone_tree(merged).map_err(OverlayError::kernel("clone the mount on", merged));
+        let tree = tree.inspect_err(give_up)?;
+        let store_uri = self.store_uri(merged, &upper);
+        let (lower, at) = (self.own.lower.clone(), merged.to_owned());
+        let info = OverlayInfo { merged: at, lower, upper, work, adopted, store_uri };
+        let overlay = Arc::new(Overlay { info: info.clone(), tree });
+        self.table().insert(merged.to_owned(), Arc::clone(&overlay));
+        // A path may have been called valid while nobody looked through this overlay, which may have been told before
+        // that it does not exist. From the table on it is looked through; what it believes of the time before goes.
+        let refreshed = kernel::refresh(&overlay.tree).map_err(OverlayError::kernel("refresh", merged));
+        let refreshed = refreshed.inspect_err(|error| {
+            self.table().remove(merged);
+            give_up(error);
+        });
         self.show_count();
-        Ok(info)
+        refreshed.map(|()| info)
     }
 
     /// What Nix needs to use the overlay as its store.
@@ -381,8 +409,5 @@ impl Overlays {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, OverlayError> + Send + 'static,
 ) -> Result<T, OverlayError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
+    joined(tokio::task::spawn_blocking(work)).await
 }

@@ -308,8 +308,5 @@ fn read_range(file: &File, range: Range<u64>) -> io::Result<Bytes> {
 
 /// Runs blocking work on the disk where it holds nobody up.
 async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
+    crate::error::joined(tokio::task::spawn_blocking(work)).await
 }

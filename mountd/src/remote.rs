@@ -6,6 +6,7 @@
 //! fetch engine's hashes.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,6 +23,7 @@ use narlake_storage::fetch::BlobSource;
 use reqwest::header::{AUTHORIZATION, CONTENT_RANGE, RANGE};
 use reqwest::{Client, Method, Response, StatusCode, Url};
 use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
@@ -36,6 +38,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest silence of a server that has begun to answer, or that has been asked.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// Reads of packs at once.
+const READS_MAX: usize = 16;
 
 /// Largest `/info` or error text, in bytes.
 const SMALL_MAX: usize = 256 * 1024;
@@ -102,6 +107,12 @@ pub enum Cause {
     /// The answer is JSON, with values that it should not have.
     #[error("parse the answer")]
     Format(#[source] FormatError),
+    /// The server itself says that it has no such path.
+    #[error("not in the cache")]
+    Absent,
+    /// The server itself says that what it has stored is missing or damaged; the start of its text.
+    #[error("the server cannot read what it has stored: {0}")]
+    Damaged(String),
     /// The record is not one.
     #[error("parse the path record")]
     Record(#[source] RecordError),
@@ -128,8 +139,9 @@ impl Cause {
                 408 | 425 | 429 | 500.. => ErrorKind::Unavailable,
                 _ => ErrorKind::Invalid,
             },
+            Self::Absent => ErrorKind::NotFound,
             Self::TooLarge { .. } => ErrorKind::TooLarge,
-            Self::Json(_) | Self::Format(_) | Self::Record(_) => ErrorKind::Corrupt,
+            Self::Damaged(_) | Self::Json(_) | Self::Format(_) | Self::Record(_) => ErrorKind::Corrupt,
             // Most often a connection that broke.
             Self::Incomplete(_) => ErrorKind::Unavailable,
         }
@@ -143,6 +155,8 @@ pub struct Remote {
     client: Client,
     /// What record texts are parsed for; known once the server or the configuration has said.
     store_dir: StoreDir,
+    /// Turns to read packs.
+    reads: Arc<Semaphore>,
     metrics: Metrics,
 }
 
@@ -157,7 +171,8 @@ impl Remote {
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(SILENCE_MAX)
             .build()?;
-        Ok(Self { settings, client, store_dir, metrics: metrics.clone() })
+        let reads = Arc::new(Semaphore::new(READS_MAX));
+        Ok(Self { settings, client, store_dir, reads, metrics: metrics.clone() })
     }
 
     /// The same server, about paths of another store.
@@ -251,8 +266,15 @@ impl Remote {
         if status.is_success() {
             return Ok(response);
         }
+        if status == StatusCode::NOT_FOUND && response.headers().contains_key(api::ABSENT_HEADER) {
+            return Err(Cause::Absent);
+        }
+        let damaged = response.headers().contains_key(api::DAMAGED_HEADER);
         let text = self.body(response, SMALL_MAX).await.unwrap_or_default();
         let text: String = String::from_utf8_lossy(&text).trim().chars().take(200).collect();
+        if damaged {
+            return Err(Cause::Damaged(text));
+        }
         Err(Cause::Status { status: status.as_u16(), text })
     }
 
@@ -315,7 +337,11 @@ impl RecordSource for Remote {
         let path = format!("paths/{hash}");
         self.ask("look up", hash, || async {
             let response = match self.send(Method::GET, &path, None, None).await {
-                Err(Cause::Status { status: 404, .. }) => return Ok(None),
+                Err(Cause::Absent) => return Ok(None),
+                // A proxy, or another server: nobody who knows has said that the path does not exist.
+                Err(Cause::Status { status: 404, .. }) => {
+                    return Err(Cause::Incomplete("404, but not as the server says that a path is absent"));
+                }
                 other => other?,
             };
             let text = self.body(response, NARINFO_MAX).await?;
@@ -368,6 +394,8 @@ impl BlobSource for Remote {
         let path = format!("packs/{pack}");
         let length = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
         let read = self.ask("read", pack, || async {
+            // For this attempt alone: a pack that is tried for long keeps nobody from the others while it pauses.
+            let _turn = self.reads.acquire().await;
             let response = self.send(Method::GET, &path, None, Some(&range)).await?;
             if response.status() != StatusCode::PARTIAL_CONTENT {
                 return Err(Cause::Incomplete("the server does not answer with a range"));

@@ -208,9 +208,14 @@ impl View {
     }
 
     async fn ask(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
+        let _turn = self.inner.lookups.acquire().await;
+        self.ask_in_turn(hash).await
+    }
+
+    /// Asks, for a caller who has its turn.
+    async fn ask_in_turn(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
         // Those who ask at the same time wait for the first one's answer.
         let asked = self.inner.records.get_or_insert_async(hash, async {
-            let _turn = self.inner.lookups.acquire().await;
             let found = self.inner.source.lookup(hash).await.map_err(|error| Some(ViewError::Remote(error)))?;
             let record = found.ok_or(None)?;
             let record = self.verify(record).map_err(|error| Some(error.into()))?;
@@ -244,8 +249,12 @@ impl View {
         if let Some(record) = self.known(path) {
             return Ok(Some(record));
         }
+        // What was shown once is not denied because the server does not answer, nor because of its name.
+        if self.inner.nodes.has_path(path) {
+            return self.find(path).await;
+        }
         // Nix takes a lock file beside each path that it builds, and lays out a sandbox. Such a name is almost never a
-        // store path; one that is, is in memory by the time that anybody uses it, since validity is asked first.
+        // store path; one that is, is in memory the first time that anybody uses it, since validity is asked first.
         if is_scratch_name(path) {
             return Ok(None);
         }
@@ -257,20 +266,22 @@ impl View {
 
     /// As [`View::find`], but a server that does not answer means that the path does not exist.
     async fn find_or_build(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        // The wait for a turn says nothing about the server: it is not part of the time that an outage takes.
+        let _turn = self.bounded(async { Ok(self.inner.lookups.acquire().await) }).await?;
         let down_until = || self.inner.down_until.lock().unwrap_or_else(PoisonError::into_inner);
         if down_until().is_some_and(|until| Instant::now() < until) {
             return Ok(None);
         }
         let wait = OUTAGE_WAIT.min(self.inner.settings.deadline);
         let limit_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let found = tokio::time::timeout(wait, self.find(path)).await.unwrap_or(Err(ViewError::Deadline { limit_ms }));
-        match found {
+        let asked = tokio::time::timeout(wait, self.ask_in_turn(&path.hash)).await;
+        match asked.unwrap_or(Err(ViewError::Deadline { limit_ms })) {
             Err(error) if error.is_outage() => {
                 tracing::warn!(path = %path, error = crate::error::chain(&error), "server is down, path taken as absent");
                 *down_until() = Some(Instant::now() + OUTAGE_PAUSE);
                 Ok(None)
             }
-            found => found,
+            found => Ok(found?.filter(|record| record.info().store_path == *path)),
         }
     }
 

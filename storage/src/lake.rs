@@ -150,7 +150,7 @@ impl Lake {
     }
 
     async fn find_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
-        if let Some(upload) = self.inner.uploads.find(cache.id(), name).await? {
+        if let Some(upload) = self.waiting(cache, name).await? {
             self.check_sound(cache.domain(), upload.manifest).await?;
             self.inner.uploads.renew(cache.id(), name, &upload).await?;
             return Ok(true);
@@ -159,6 +159,18 @@ impl Lake {
             Some(record) => self.check_sound(cache.domain(), record.manifest()).await.map(|()| true),
             None => Ok(false),
         }
+    }
+
+    /// The upload of this name that waits for its narinfo, if there is one: one whose content is there, if there is one.
+    pub(crate) async fn waiting(&self, cache: &Cache, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
+        self.inner.uploads.find(cache.id(), name, |upload| self.has_content(cache, upload)).await
+    }
+
+    /// Whether what an upload names is there, as far as the index tells.
+    pub(crate) fn has_content(&self, cache: &Cache, upload: &UploadDocument) -> bool {
+        let index = &self.inner.index;
+        index.get(&cache.domain(), &upload.manifest.into()).is_some()
+            && upload.packs.iter().all(|pack| index.has_pack(pack))
     }
 
     /// The path that a NAR of this name became, if it did.
@@ -368,10 +380,6 @@ impl Lake {
 
     pub(crate) fn bucket(&self) -> &Bucket {
         &self.inner.bucket
-    }
-
-    pub(crate) fn index(&self) -> &Index {
-        &self.inner.index
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

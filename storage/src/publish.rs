@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt, TryStreamExt};
-use narlake_format::id::{ManifestId, TableId};
+use narlake_format::id::ManifestId;
 use narlake_format::lake::config::{FileDocument, OnConflict, UploadDocument};
 use narlake_format::lake::location::PackRef;
 use narlake_format::lake::record::PathRecord;
@@ -63,7 +63,6 @@ struct Content {
     nar_hash: Sha256Hash,
     nar_size: u64,
     manifest: ManifestId,
-    table: TableId,
     strings: StringTable,
     packs: Vec<PackRef>,
 }
@@ -101,7 +100,7 @@ impl Publication<'_> {
         // A push that brought the NAR again has stored whatever chunk was missing, so this heals or says what is wrong.
         self.lake.check_sound(self.cache.domain(), record.manifest()).await?;
         if let Some(name) = UploadName::parse(&self.info.url) {
-            let upload = self.lake.uploads().find(self.cache.id(), &name).await?;
+            let upload = self.lake.waiting(self.cache, &name).await?;
             // Only bytes that were uploaded here: a name is not to be had by claiming it.
             if upload.is_some_and(|upload| upload.nar_hash == there.nar_hash) {
                 self.became(&name).await?;
@@ -171,15 +170,17 @@ impl Publication<'_> {
 
     /// What the narinfo's URL stands for: an upload to this cache, or a path of it that had the same upload.
     async fn content(&self, name: &UploadName) -> Result<Content, Error> {
-        if let Some(upload) = self.lake.uploads().find(self.cache.id(), name).await? {
+        if let Some(upload) = self.lake.waiting(self.cache, name).await? {
+            // Content may have been lost since.
+            if !self.lake.has_content(self.cache, &upload) {
+                return Err(self.rejected(Rejection::Condemned));
+            }
             let UploadDocument { nar_hash, nar_size, manifest, table, packs, inline_table, .. } = upload;
             let strings = match inline_table {
                 Some(strings) => strings,
                 None => manifest::table(&self.lake.fetcher(self.cache.domain()), &table).await?,
             };
-            let content = Content { nar_hash, nar_size, manifest, table, strings, packs };
-            self.check_upload(&content)?;
-            return Ok(content);
+            return Ok(Content { nar_hash, nar_size, manifest, strings, packs });
         }
         let Some(record) = self.lake.uploaded(self.cache, name).await? else {
             return Err(self.rejected(Rejection::NoUpload(self.info.url.clone())));
@@ -189,19 +190,9 @@ impl Publication<'_> {
             nar_hash: record.info().nar_hash,
             nar_size: record.info().nar_size,
             manifest: record.manifest(),
-            table: record.table(),
             strings: self.lake.strings(self.cache, &record).await?,
             packs: Vec::new(),
         })
-    }
-
-    /// An upload is as good as what it names: content may have been lost since.
-    fn check_upload(&self, content: &Content) -> Result<(), Error> {
-        let index = self.lake.index();
-        let there = index.get(&self.cache.domain(), &content.manifest.into()).is_some()
-            && content.packs.iter().all(|pack| index.has_pack(pack))
-            && content.strings.id() == content.table;
-        if there { Ok(()) } else { Err(self.rejected(Rejection::Condemned)) }
     }
 
     /// Everything that can be known to be wrong before the record is written.

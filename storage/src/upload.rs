@@ -52,31 +52,46 @@ impl Uploads {
         self.bucket.put_new(&key, upload.encode()).await.map(|_| ())
     }
 
-    /// The newest upload of this name that still counts.
-    pub(crate) async fn find(&self, cache: CacheId, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
-        self.newest(cache, name, LIFETIME_MS).await
+    /// The newest upload of this name that still counts and is `sound`; if none is, the newest that counts. Where content
+    /// was lost and sent again, ids alone do not say which is which: two servers' clocks may differ by minutes.
+    pub(crate) async fn find(
+        &self,
+        cache: CacheId,
+        name: &UploadName,
+        sound: impl Fn(&UploadDocument) -> bool,
+    ) -> Result<Option<UploadDocument>, Error> {
+        self.newest(cache, name, LIFETIME_MS, sound).await
     }
 
     /// Makes an upload that still counts do so for at least half its lifetime more: whoever is told that it is there
     /// relies on it.
     pub(crate) async fn renew(&self, cache: CacheId, name: &UploadName, upload: &UploadDocument) -> Result<(), Error> {
-        match self.newest(cache, name, LIFETIME_MS / 2).await? {
-            Some(_) => Ok(()),
-            None => self.keep(cache, name, upload).await,
+        match self.newest(cache, name, LIFETIME_MS / 2, |found| found == upload).await? {
+            Some(found) if found == *upload => Ok(()),
+            _ => self.keep(cache, name, upload).await,
         }
     }
 
-    async fn newest(&self, cache: CacheId, name: &UploadName, age_ms: u64) -> Result<Option<UploadDocument>, Error> {
+    async fn newest(
+        &self,
+        cache: CacheId,
+        name: &UploadName,
+        age_ms: u64,
+        sound: impl Fn(&UploadDocument) -> bool,
+    ) -> Result<Option<UploadDocument>, Error> {
         let prefix = keys::uploads(&cache, &name.file_hash);
         let oldest_ms = self.mint.now_ms().saturating_sub(age_ms);
-        let mut damaged = None;
+        let (mut unsound, mut damaged) = (None, None);
         for object in self.bucket.list(&prefix, None).await?.into_iter().rev() {
             if object.modified_ms < oldest_ms {
                 continue;
             }
             let Some(bytes) = found(self.bucket.get(&object.key).await)? else { continue };
             match decode_document(&object.key, &bytes) {
-                Ok(document) => return Ok(Some(document)),
+                Ok(document) if sound(&document) => return Ok(Some(document)),
+                Ok(document) => {
+                    unsound.get_or_insert(document);
+                }
                 // Another upload of the same bytes is as good.
                 Err(error) => {
                     tracing::error!(key = object.key, error = error.chain(), "upload left out");
@@ -84,7 +99,10 @@ impl Uploads {
                 }
             }
         }
-        damaged.map_or(Ok(None), Err)
+        match (unsound, damaged) {
+            (None, Some(error)) => Err(error),
+            (unsound, _) => Ok(unsound),
+        }
     }
 
     /// Remembers which path an upload became.

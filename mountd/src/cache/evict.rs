@@ -18,6 +18,15 @@ pub(super) struct Entry {
     held: u32,
 }
 
+/// A file that is to be evicted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Planned {
+    pub(super) id: ContentId,
+    pub(super) partial: bool,
+    /// Number of its last use when it was planned.
+    used: u64,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     entries: Entries,
@@ -39,8 +48,12 @@ impl Ledger {
         self.entries.get(id)
     }
 
-    /// Takes note of a file, new or changed, as just used.
+    /// Takes note of a file, new or changed, as just used. One that is complete stays complete: a reader that still fills
+    /// a partial one beside it has come late.
     pub(super) fn put(&mut self, id: ContentId, bytes: u64, partial: bool) {
+        if partial && self.get(&id).is_some_and(|entry| !entry.partial) {
+            return self.touch(&id);
+        }
         self.uses += 1;
         let entry = self.entries.entry(id).or_insert(Entry { bytes: 0, partial, used: 0, held: 0 });
         self.used = self.used - entry.bytes + bytes;
@@ -69,8 +82,15 @@ impl Ledger {
         }
     }
 
-    /// What has to go so that at most `goal` bytes stay, oldest use first; whether each is a partial file.
-    pub(super) fn plan(&self, goal: u64) -> Vec<(ContentId, bool)> {
+    /// Forgets a file that was unlinked as planned, unless it has been used, and so perhaps made anew, since the plan.
+    pub(super) fn evicted(&mut self, planned: &Planned) {
+        if self.get(&planned.id).is_some_and(|entry| entry.used == planned.used && entry.held == 0) {
+            self.forget(&planned.id);
+        }
+    }
+
+    /// What has to go so that at most `goal` bytes stay, oldest use first.
+    pub(super) fn plan(&self, goal: u64) -> Vec<Planned> {
         if self.used <= goal {
             return Vec::new();
         }
@@ -83,7 +103,7 @@ impl Ledger {
                 break;
             }
             left -= entry.bytes;
-            plan.push((*id, entry.partial));
+            plan.push(Planned { id: *id, partial: entry.partial, used: entry.used });
         }
         plan
     }

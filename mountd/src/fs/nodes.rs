@@ -20,15 +20,15 @@
 //! under one nodeid would be one file to an overlay above (docs/semantics.md).
 //!
 //! A row that fails its checksum is refused, with its place: renumbering under live mounts would show one file under
-//! the name of another. Only what nobody can have been told of is dropped: a row that was cut short, and a bad last
-//! row when the host has been booted since, because then no mount is left either.
+//! the name of another. Only what no mount can know is dropped: a row that was cut short, and a bad row with all after
+//! it when the host has been booted since.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use narlake_format::id::{ID_LEN, ManifestId, TableId};
 use narlake_format::limits::{ENTRIES_MAX, STORE_NAME_MAX};
@@ -144,8 +144,10 @@ pub enum NodeTableError {
 pub struct NodeTable {
     path: PathBuf,
     file: File,
-    // Held across the write, so that rows lie in the order of their numbers.
-    rows: Mutex<Rows>,
+    // Held across write and sync, so that rows lie in the order of their numbers. Only ever on a blocking thread.
+    append: Mutex<()>,
+    // Rows that are on disk. Held for a look, or to add what has been synced; never across I/O.
+    rows: RwLock<Rows>,
 }
 
 #[derive(Default)]
@@ -172,7 +174,7 @@ impl NodeTable {
             // Not even a header: nobody was ever told a number.
             file.set_len(0).and_then(|()| file.write_all_at(&header, 0)).map_err(io("write"))?;
             file.sync_all().map_err(io("sync"))?;
-            return Ok(Self { path: path.to_owned(), file, rows: Mutex::default() });
+            return Ok(Self { path: path.to_owned(), file, append: Mutex::default(), rows: RwLock::default() });
         }
         let mut found = [0; HEADER_LEN];
         file.read_exact_at(&mut found, 0).map_err(io("read"))?;
@@ -188,7 +190,12 @@ impl NodeTable {
             file.read_exact_at(&mut row, offset).map_err(io("read"))?;
             match decode_row(&row, number) {
                 Some(key) => drop(rows.push(key)),
-                None if number == whole && booted_since => keep = number - 1,
+                // A power cut may leave several bad rows of one write. It and all after it go: no mount of an earlier
+                // boot is left, so no number that is in use can be given to something else.
+                None if booted_since => {
+                    keep = number - 1;
+                    break;
+                }
                 None => return Err(NodeTableError::Damaged { path: path.to_owned(), offset }),
             }
         }
@@ -197,26 +204,31 @@ impl NodeTable {
             tracing::warn!(file = %path.display(), offset = end, "dropped a row that was cut short");
             file.set_len(end).and_then(|()| file.sync_all()).map_err(io("truncate"))?;
         }
-        Ok(Self { path: path.to_owned(), file, rows: Mutex::new(rows) })
+        Ok(Self { path: path.to_owned(), file, append: Mutex::default(), rows: RwLock::new(rows) })
     }
 
     /// The number of an object, if it has one.
     #[must_use]
     pub fn number(&self, key: &ObjectKey) -> Option<ObjectNumber> {
-        self.lock().number(key)
+        self.rows().number(key)
     }
 
     /// The object of a number.
     #[must_use]
     pub fn object(&self, number: ObjectNumber) -> Option<ObjectKey> {
-        let at = usize::try_from(number.0).ok()?.checked_sub(1)?;
-        self.lock().keys.get(at).cloned()
+        self.rows().key(number).cloned()
+    }
+
+    /// Whether an object of this path has ever been shown.
+    #[must_use]
+    pub fn has_path(&self, path: &StorePath) -> bool {
+        self.rows().newest_of(&path.hash).is_some_and(|key| key.path == *path)
     }
 
     /// Number of objects.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lock().keys.len()
+        self.rows().keys.len()
     }
 
     /// No object has a number yet.
@@ -231,25 +243,31 @@ impl NodeTable {
     /// # Errors
     /// When the rows cannot be written. None of the numbers may be given out then.
     pub fn register(&self, keys: &[ObjectKey]) -> Result<Vec<ObjectNumber>, NodeTableError> {
-        let mut rows = self.lock();
-        let before = rows.keys.len();
+        let _turn = self.append.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.len();
         let mut numbers = Vec::with_capacity(keys.len());
         let mut bytes = Vec::new();
+        let mut fresh: Vec<ObjectKey> = Vec::new();
+        // The newest of each hash part among those.
+        let mut newest: HashMap<StorePathHash, usize> = HashMap::new();
         for key in keys {
-            let number = match rows.number(key) {
-                Some(number) => number,
-                None => {
-                    let number = rows.push(key.clone());
-                    bytes.extend_from_slice(&encode_row(key, number));
-                    number
-                }
+            let known = match newest.get(&key.path.hash) {
+                Some(&at) => fresh.get(at).filter(|row| *row == key).map(|_| number_at(before + at)),
+                None => self.number(key),
             };
+            let number = known.unwrap_or_else(|| {
+                let number = number_at(before + fresh.len());
+                newest.insert(key.path.hash, fresh.len());
+                bytes.extend_from_slice(&encode_row(key, number));
+                fresh.push(key.clone());
+                number
+            });
             numbers.push(number);
         }
         if bytes.is_empty() {
             return Ok(numbers);
         }
-        let written = if rows.keys.len() as u64 >= OBJECTS_MAX {
+        let written = if (before + fresh.len()) as u64 >= OBJECTS_MAX {
             Err(NodeTableError::Full { path: self.path.clone() })
         } else {
             let start = row_offset(before as u64 + 1);
@@ -257,40 +275,47 @@ impl NodeTable {
             synced.map_err(|source| NodeTableError::Io { operation: "append to", path: self.path.clone(), source })
         };
         if let Err(error) = written {
-            // The numbers are taken back. What reached the disk is overwritten by the next rows, or cut off here.
-            rows.forget_after(before);
+            // Nobody has seen the numbers. What reached the disk is overwritten by the next rows, or cut off here.
             let _ = self.file.set_len(row_offset(before as u64 + 1));
             return Err(error);
+        }
+        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+        for key in fresh {
+            rows.push(key);
         }
         Ok(numbers)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Rows> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    fn rows(&self) -> RwLockReadGuard<'_, Rows> {
+        self.rows.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Rows {
     fn number(&self, key: &ObjectKey) -> Option<ObjectNumber> {
         let number = *self.newest.get(&key.path.hash)?;
-        let at = usize::try_from(number.0).ok()?.checked_sub(1)?;
-        self.keys.get(at).filter(|row| *row == key).map(|_| number)
+        self.key(number).filter(|row| *row == key).map(|_| number)
+    }
+
+    fn newest_of(&self, hash: &StorePathHash) -> Option<&ObjectKey> {
+        self.key(*self.newest.get(hash)?)
+    }
+
+    fn key(&self, number: ObjectNumber) -> Option<&ObjectKey> {
+        self.keys.get(usize::try_from(number.0).ok()?.checked_sub(1)?)
     }
 
     fn push(&mut self, key: ObjectKey) -> ObjectNumber {
-        let number = ObjectNumber(self.keys.len() as u64 + 1);
+        let number = number_at(self.keys.len());
         self.newest.insert(key.path.hash, number);
         self.keys.push(key);
         number
     }
+}
 
-    fn forget_after(&mut self, count: usize) {
-        self.keys.truncate(count);
-        self.newest.clear();
-        for (at, key) in self.keys.iter().enumerate() {
-            self.newest.insert(key.path.hash, ObjectNumber(at as u64 + 1));
-        }
-    }
+/// The number of the object in this place of the table.
+const fn number_at(place: usize) -> ObjectNumber {
+    ObjectNumber(place as u64 + 1)
 }
 
 const fn row_offset(number: u64) -> u64 {

@@ -89,6 +89,15 @@ impl Fill {
     pub(super) async fn open(self: &Arc<Self>, cache: &Arc<Cache>) {
         let open = || async {
             let (cache, content, size, chunks) = (Arc::clone(cache), self.content, self.size, self.chunks);
+            // Completed between this reader's look and now: a partial file beside it would take its place.
+            let hot = Arc::clone(&cache);
+            if let Some(file) = on_disk(move || hot.open_hot(&content, size)).await {
+                let mut state = self.state();
+                state.data = Some(Arc::new(file));
+                state.chunks.fill(Chunk::Present);
+                state.complete = true;
+                return None;
+            }
             let (partial, present) = on_disk(move || Partial::open(&cache, &content, size, chunks)).await?;
             let mut state = self.state();
             state.data = Some(partial.data());

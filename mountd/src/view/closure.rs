@@ -8,6 +8,7 @@ use narlake_format::limits::CLOSURE_MAX;
 use narlake_format::nix::store_path::{StorePath, StorePathHash};
 
 use super::{View, ViewError};
+use crate::error::joined;
 use crate::fs::nodes::ObjectKey;
 use crate::trust::{TrustedRecord, Untrusted};
 
@@ -106,17 +107,14 @@ impl View {
     }
 
     async fn load_closures(&self, roots: &[StorePathHash]) -> Result<Closures, ViewError> {
-        let mut closures = Closures::default();
-        let mut untrusted: Option<Untrusted> = None;
-        let mut take = |record| match self.verify(record) {
-            Ok(record) => closures.records.push(record),
-            Err(error) => untrusted = Some(error),
-        };
+        let mut records = Vec::new();
+        let mut take = |record| records.push(record);
         let missing = self.inner.source.closure(roots, &mut take).await.map_err(ViewError::Remote)?;
-        if let Some(error) = untrusted {
-            return Err(error.into());
-        }
-        closures.missing = missing.iter().map(ToString::to_string).collect();
+        // A large closure has thousands of signatures: too long for a thread that others wait for.
+        let view = self.clone();
+        let verify = move || records.into_iter().map(|record| view.verify(record)).collect::<Result<_, Untrusted>>();
+        let records = joined(tokio::task::spawn_blocking(verify)).await?;
+        let closures = Closures { records, missing: missing.iter().map(ToString::to_string).collect() };
         // Numbered before they are known, so that the first look-ups find their numbers.
         self.number(&closures.records).await;
         for record in &closures.records {

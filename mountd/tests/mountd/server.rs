@@ -53,7 +53,7 @@ fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
 #[tokio::test]
 async fn absence_is_said_once_and_trouble_is_tried_again() {
     let hash = World::path("x").hash;
-    let absent = answer("404 Not Found", "", "");
+    let absent = answer("404 Not Found", "narlake-absent: path\r\n", "");
     let (remote, count, heads) = server(vec![absent.clone()]).await;
     assert!(remote.lookup(&hash).await.unwrap().is_none());
     assert_eq!(count.load(Ordering::SeqCst), 1);
@@ -66,11 +66,14 @@ async fn absence_is_said_once_and_trouble_is_tried_again() {
         server(vec![busy.clone(), busy.clone(), b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), absent]).await;
     assert!(remote.lookup(&hash).await.unwrap().is_none());
     assert_eq!(count.load(Ordering::SeqCst), 4);
-    // Until the time is up.
-    let (remote, count, _) = server(vec![busy]).await;
-    let error = remote.lookup(&hash).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unavailable);
-    assert!(count.load(Ordering::SeqCst) > 3);
+    // Until the time is up. A 404 that the server did not mark is a proxy's word, and no answer either; so is a 500.
+    let unmarked = ["404 Not Found", "500 Internal Server Error"].map(|status| answer(status, "", "nothing here"));
+    for trouble in [busy].into_iter().chain(unmarked) {
+        let (remote, count, _) = server(vec![trouble]).await;
+        let error = remote.lookup(&hash).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(count.load(Ordering::SeqCst) > 3);
+    }
 }
 
 #[tokio::test]
@@ -80,6 +83,7 @@ async fn refusals_and_nonsense_are_errors_at_once() {
         (answer("401 Unauthorized", "", "no"), ErrorKind::Denied),
         (answer("400 Bad Request", "", "no"), ErrorKind::Invalid),
         (answer("200 OK", "", "no record"), ErrorKind::Corrupt),
+        (answer("500 Internal Server Error", "narlake-damaged: content\r\n", "no"), ErrorKind::Corrupt),
         (answer("200 OK", "", &"x".repeat(2 << 20)), ErrorKind::TooLarge),
     ] {
         let (remote, count, _) = server(vec![bad]).await;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use narlake_format::api::DAMAGED_HEADER;
 use narlake_format::error::FormatError;
 use narlake_format::nix::narinfo::NarInfoError;
 use narlake_storage::{Error, ErrorKind};
@@ -22,7 +23,7 @@ use crate::coding::CodingError;
 pub struct HttpError {
     status: StatusCode,
     problem: Problem,
-    header: Option<(HeaderName, HeaderValue)>,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// What a failure is, for the body and for the log. It travels as an extension of the response.
@@ -37,7 +38,7 @@ pub struct Problem {
 impl HttpError {
     /// The client's request is wrong.
     pub fn refused(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, problem: Problem { message: message.into(), cause: None }, header: None }
+        Self { status, problem: Problem { message: message.into(), cause: None }, headers: Vec::new() }
     }
 
     /// The client's request is wrong in itself.
@@ -59,13 +60,13 @@ impl HttpError {
     /// Adds a header to the response.
     #[must_use]
     pub fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.header = Some((name, value));
+        self.headers.push((name, value));
         self
     }
 
     fn internal(status: StatusCode, cause: impl StdError + Send + Sync + 'static) -> Self {
         let message = status.canonical_reason().unwrap_or("internal error").to_ascii_lowercase();
-        Self { status, problem: Problem { message, cause: Some(Arc::new(cause)) }, header: None }
+        Self { status, problem: Problem { message, cause: Some(Arc::new(cause)) }, headers: Vec::new() }
     }
 }
 
@@ -86,7 +87,12 @@ impl From<Error> for HttpError {
             return Self::refused(status, error.chain());
         }
         let status = if status.is_client_error() { StatusCode::INTERNAL_SERVER_ERROR } else { status };
-        Self::internal(status, error)
+        let damaged = error.kind() == ErrorKind::Corrupt;
+        let failed = Self::internal(status, error);
+        if damaged {
+            return failed.with(HeaderName::from_static(DAMAGED_HEADER), HeaderValue::from_static("content"));
+        }
+        failed
     }
 }
 
@@ -153,9 +159,7 @@ impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         let mut response = self.status.into_response();
         response.extensions_mut().insert(self.problem);
-        if let Some((name, value)) = self.header {
-            response.headers_mut().insert(name, value);
-        }
+        response.headers_mut().extend(self.headers);
         response
     }
 }

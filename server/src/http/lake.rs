@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use narlake_format::api::{
-    API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse,
+    self, API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse,
     NDJSON, decode_locate,
 };
 use narlake_format::id::ID_LEN;
@@ -57,7 +57,11 @@ pub struct ByHash {
 pub async fn path(State(shared): State<Shared>, Path(ByHash { hash }): Path<ByHash>) -> Result<Response, HttpError> {
     let hash: StorePathHash = hash.parse().map_err(|_| HttpError::invalid(format!("{hash:?} is not a hash part")))?;
     let record = shared.lake.lookup(&shared.cache, &hash).await?;
-    let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
+    let absent = || {
+        let mark = (HeaderName::from_static(api::ABSENT_HEADER), HeaderValue::from_static("path"));
+        HttpError::not_found(format!("{hash} is not in this cache")).with(mark.0, mark.1)
+    };
+    let record = record.ok_or_else(absent)?;
     let text = record.to_text(&shared.lake.info().store_dir);
     Ok(([(header::CONTENT_TYPE, "text/x-nix-narinfo")], text).into_response())
 }
@@ -138,7 +142,7 @@ pub async fn pack(
         return Err(HttpError::not_found(format!("there is no pack {pack}")));
     }
     let asked = headers.get(header::RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    // Neither end may be left open: to learn the length of the pack would cost a request of its own.
+    // Neither end may be left open: to learn the length of the pack would cost another request each time.
     let range = range::closed(asked)
         .ok_or_else(|| HttpError::invalid("packs are read by ranges with two ends, bytes=<first>-<last>"))?;
     if range.end - range.start > PACK_MAX as u64 {
@@ -146,7 +150,9 @@ pub async fn pack(
         return Err(HttpError::refused(StatusCode::RANGE_NOT_SATISFIABLE, message));
     }
     let bytes = shared.lake.read_pack(&pack, range.clone()).await?;
-    let content_range = format!("bytes {}-{}/*", range.start, range.end - 1);
+    // To know the length costs a request of its own. Whoever asks for the first byte alone wants to know nothing else.
+    let total = if range == (0..1) { shared.lake.pack_size(&pack).await?.to_string() } else { "*".into() };
+    let content_range = format!("bytes {}-{}/{total}", range.start, range.end - 1);
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CONTENT_RANGE, content_range.as_str())];
     Ok((StatusCode::PARTIAL_CONTENT, headers, bytes).into_response())
 }

@@ -118,6 +118,13 @@ async fn locate_and_read() {
     let response = get(&format!("bytes={}-{}", range.start, range.end - 1)).await;
     assert_eq!(response.status(), 206);
     assert_eq!(response.bytes().await.unwrap().len() as u64, range.end - range.start);
+    // The first byte alone is how a worker asks for the length.
+    let response = get("bytes=0-0").await;
+    let total = response.headers()["content-range"].to_str().unwrap().strip_prefix("bytes 0-0/").unwrap().to_owned();
+    let total: u64 = total.parse().unwrap();
+    assert!(total >= range.end, "{total}");
+    assert_eq!(get(&format!("bytes=0-{}", total - 1)).await.status(), 206);
+    assert!(!get(&format!("bytes=0-{total}")).await.status().is_success());
     for range in ["", "bytes=0-", "bytes=-5", "bytes=0-1,2-3", "bytes=0-99999999999"] {
         let response = get(range).await;
         assert!(response.status().is_client_error(), "{range} {}", response.status());

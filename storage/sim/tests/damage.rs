@@ -112,3 +112,32 @@ fn check(held: &Held, key: &str, damage: Damage, running: bool) {
     healed.result.unwrap_or_else(|e| panic!("{at}: the lake does not open: {}", e.chain()));
     world.check(model);
 }
+
+/// Rule 5: *the NAR is uploaded; what it was stored as is lost; the narinfo comes.* The path is refused, not published
+/// and then unreadable, and sending the NAR again helps.
+#[test]
+fn an_upload_whose_content_was_lost() {
+    for damage in [Damage::Deleted, Damage::Truncated] {
+        for state in [StateDir::Kept, StateDir::Empty] {
+            let mut world = World::new(8);
+            let object = Objects::new(8).object(&[]);
+            let mut model = Model::default();
+            model.trying(&object);
+            let life = world.life(Plan::Calm, StateDir::Empty, async |actor: Actor| actor.send(&object).await);
+            for pack in life.result.expect("opens").expect("sends").packs {
+                world.damage(&keys::pack(&pack), damage);
+            }
+            let life = world.life(Plan::Calm, state, async |actor: Actor| {
+                let error = actor.publish(&object).await.expect_err("its content is lost");
+                assert!(matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt), "{}", error.chain());
+                assert!(!actor.lake.has_upload(&actor.cache, &object.upload()).await.expect("answers"));
+            });
+            life.result.expect("opens");
+            world.check(&model);
+            let life = world.life(Plan::Calm, StateDir::Kept, async |actor: Actor| actor.push(&object).await);
+            let published = life.result.expect("opens").expect("heals");
+            model.acknowledged(&object.path.hash, published.record.info().nar_hash);
+            world.check(&model);
+        }
+    }
+}

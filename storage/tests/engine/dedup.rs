@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::StreamExt;
 use narlake_format::nix::store_path::StorePath;
 use narlake_sim::{Node, Object, Objects};
 use narlake_storage::Settings;
 
-use crate::kit::{Kit, directory, file, noise, object, path};
+use crate::kit::{Kit, directory, file, noise, object, path, stream};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_known_nar_stores_nothing() {
@@ -90,26 +92,34 @@ async fn a_mass_rebuild_stores_almost_nothing() {
     assert!(second * 1000 < first, "{second} bytes for a rebuild of {first}");
 }
 
-/// Pushes that run at once and hold the same files store them about once: a hit on a pack that is still open counts.
+/// A push that hangs half way has its chunks in a pack that is still open; a hit on them counts, and brings that pack to
+/// the bucket.
 #[tokio::test(flavor = "multi_thread")]
-async fn pushes_at_once_share_what_is_in_flight() {
-    let kit = Kit::over(
-        narlake_storage::Bucket::memory(&crate::kit::metrics()),
-        Settings { seal_after: Duration::from_secs(5), ..Settings::default() },
-    )
-    .await;
+async fn a_chunk_in_an_open_pack_is_known() {
+    let kit = Kit::memory().await;
     let shared = noise(9, 4 << 20);
-    let pushed: Vec<Object> = (0..4)
-        .map(|n| {
-            object(&format!("p{n}"), &directory([("f", file(shared.clone())), ("own", file(format!("{n}")))]), &[])
-        })
-        .collect();
-    let sent = futures::future::join_all(pushed.iter().map(|object| kit.send(object))).await;
-    for object in &pushed {
-        kit.publish(object).await.unwrap();
-        assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
-    }
-    let new: u64 = sent.iter().map(|ingested| ingested.stats.bytes_new).sum();
-    // Two that meet a chunk before either has a frame of it both store it: frames in flight, no more.
-    assert!(new < 3 * shared.len() as u64, "{new}");
+    let slow = object("slow", &directory([("f", file(shared.clone())), ("own", file("slow"))]), &[]);
+    let quick = object("quick", &directory([("f", file(shared.clone())), ("own", file("quick"))]), &[]);
+    let (resume, resumed) = tokio::sync::oneshot::channel::<()>();
+    let (head, tail) = slow.nar.split_at(slow.nar.len() - 100);
+    let tail = Bytes::copy_from_slice(tail);
+    let rest = futures::stream::once(Box::pin(async move {
+        resumed.await.map_err(std::io::Error::other)?;
+        Ok(tail)
+    }));
+    let hanging = kit.lake.ingest(&kit.cache, stream(head).chain(rest));
+    let (slow_sent, quick_sent) = tokio::join!(hanging, async {
+        // Long enough for what the slow one has sent to be cut and compressed.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let sent = kit.send(&quick).await;
+        kit.publish(&quick).await.unwrap();
+        assert!(kit.nar(&quick.path.hash).await.unwrap() == quick.nar, "acknowledged while the other hangs");
+        resume.send(()).unwrap();
+        sent
+    });
+    // All but what the slow one has not filled a frame with yet.
+    assert!(quick_sent.stats.bytes_new < 512 << 10, "{:?}", quick_sent.stats);
+    kit.lake.keep_upload(&kit.cache, &slow.upload(), &slow_sent.unwrap()).await.unwrap();
+    kit.publish(&slow).await.unwrap();
+    assert!(kit.nar(&slow.path.hash).await.unwrap() == slow.nar);
 }

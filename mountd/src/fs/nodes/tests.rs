@@ -82,17 +82,19 @@ proptest! {
 
 /// After a power loss the last row can have its length and not its bytes.
 #[test]
-fn a_bad_last_row_is_dropped_only_after_a_boot() {
+fn bad_rows_are_dropped_only_after_a_boot() {
     let (_dir, path) = table();
     NodeTable::open(&path, false).unwrap().register(&[key(1, 0), key(2, 0)]).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
     file.write_all_at(&[0; ROW_LEN], row_offset(2)).unwrap();
     assert!(matches!(NodeTable::open(&path, false), Err(NodeTableError::Damaged { .. })));
     assert_eq!(NodeTable::open(&path, true).unwrap().len(), 1);
-    file.write_all_at(&[1], row_offset(1)).unwrap();
-    NodeTable::open(&path, true).unwrap().register(&[key(2, 0)]).unwrap();
     file.write_all_at(&[9], row_offset(1)).unwrap();
-    assert!(matches!(NodeTable::open(&path, true), Err(NodeTableError::Damaged { .. })));
+    assert!(matches!(NodeTable::open(&path, false), Err(NodeTableError::Damaged { .. })));
+    let table = NodeTable::open(&path, true).unwrap();
+    assert_eq!(table.len(), 0);
+    table.register(&[key(2, 0)]).unwrap();
+    assert_eq!(NodeTable::open(&path, false).unwrap().len(), 1);
 }
 
 /// One path, other content: another object, and the old one keeps its number.
@@ -105,4 +107,18 @@ fn content_that_changes_gets_a_number_of_its_own() {
     assert_ne!(first, second);
     assert_eq!(nodes.object(first), Some(key(1, 0)));
     assert_eq!(nodes.number(&key(1, 1)), Some(second));
+    assert!(nodes.has_path(&key(1, 0).path));
+    let renamed = StorePath { name: "other".parse().unwrap(), ..key(1, 0).path };
+    assert!(!nodes.has_path(&renamed) && !nodes.has_path(&key(2, 0).path));
+}
+
+/// In one batch too: a key that comes again has its number, one of other content a new one.
+#[test]
+fn a_batch_numbers_each_object_once() {
+    let (_dir, path) = table();
+    let nodes = NodeTable::open(&path, false).unwrap();
+    nodes.register(&[key(9, 0)]).unwrap();
+    let numbers = nodes.register(&[key(1, 0), key(9, 0), key(1, 0), key(1, 1), key(1, 1)]).unwrap();
+    assert_eq!(numbers, [2, 1, 2, 3, 3].map(ObjectNumber));
+    assert_eq!(NodeTable::open(&path, false).unwrap().len(), 3);
 }
