@@ -1,9 +1,9 @@
 //! The server, over HTTP: path records, and the packs that content is in.
 //!
 //! A request is tried until it is answered or its deadline has passed, with growing pauses: a server that restarts is
-//! a delay, not an error. 404 for a path record is an answer, and the only one that means "does not exist". What comes
-//! back is bounded before it is parsed, and believed by nobody yet: records go through `trust`, content through the
-//! fetch engine's hashes.
+//! a delay, not an error. A marked 404 for a path record is an answer, and the only one that means "does not exist".
+//! What comes back is bounded before it is parsed, and believed by nobody yet: records go through `trust`, content
+//! through the fetch engine's hashes.
 
 use std::ops::Range;
 use std::sync::Arc;

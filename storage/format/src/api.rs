@@ -7,7 +7,7 @@
 //! | request | body | answer |
 //! |---|---|---|
 //! | `GET /info` | | [`Info`] |
-//! | `GET /paths/<hash32>` | | path record text; 404 is authoritative |
+//! | `GET /paths/<hash32>` | | path record text; 404 with [`ABSENT_HEADER`] is authoritative |
 //! | `POST /closure` | [`ClosureRequest`] | one [`ClosureLine`] a line, references first |
 //! | `POST /missing` | [`MissingRequest`] | [`MissingResponse`] |
 //! | `POST /locate` | 32 bytes for each blob id | [`LocateResponse`] |
