@@ -240,15 +240,6 @@ impl Bucket {
         }
     }
 
-    /// The last `length` bytes of an object, or all of a shorter one.
-    ///
-    /// # Errors
-    /// `NotFound` where there is none.
-    pub async fn get_suffix(&self, key: &str, length: u64) -> Result<Bytes, Error> {
-        let info = self.head(key).await?.ok_or_else(|| missing(key))?;
-        self.get_range(key, info.size.saturating_sub(length)..info.size).await
-    }
-
     async fn read(&self, key: &str, options: GetOptions) -> Result<Bytes, Error> {
         // The retry layer sees only the request; a body that breaks off is read anew from here.
         let mut attempt = 0;
@@ -362,15 +353,6 @@ fn info(meta: &object_store::ObjectMeta) -> ObjectInfo {
         key: meta.location.to_string(),
         size: meta.size,
         modified_ms: u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0),
-    }
-}
-
-fn missing(key: &str) -> Error {
-    Error::Bucket {
-        operation: "read",
-        key: key.to_owned(),
-        kind: ErrorKind::NotFound,
-        source: "there is no such object".into(),
     }
 }
 

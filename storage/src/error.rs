@@ -86,18 +86,6 @@ pub enum Error {
         /// Offset of the frame in the pack.
         offset: u32,
     },
-    /// A restored NAR is not the one that was pushed.
-    #[error("{path}: restored NAR has {field} {found}, the record says {expected}")]
-    Restored {
-        /// The store path.
-        path: String,
-        /// What differs.
-        field: &'static str,
-        /// The value restored.
-        found: String,
-        /// The value recorded.
-        expected: String,
-    },
     /// The NAR sent is malformed.
     #[error("malformed NAR")]
     Nar(#[from] NarError),
@@ -196,9 +184,7 @@ impl Error {
         match self {
             Self::Bucket { kind, .. } => *kind,
             Self::Deadline { .. } | Self::Stopped(_) => ErrorKind::Unavailable,
-            Self::Format { .. } | Self::MissingBlob { .. } | Self::DamagedBlob { .. } | Self::Restored { .. } => {
-                ErrorKind::Corrupt
-            }
+            Self::Format { .. } | Self::MissingBlob { .. } | Self::DamagedBlob { .. } => ErrorKind::Corrupt,
             Self::Nar(_) | Self::Unstorable(_) | Self::Unusable(_) => ErrorKind::Invalid,
             Self::Rejected { reason, .. } => match reason {
                 Rejection::Condemned | Rejection::NotReproducible { .. } => ErrorKind::Conflict,
@@ -214,12 +200,6 @@ impl Error {
             Self::Body(_) => ErrorKind::Closed,
             Self::State { source, .. } => io_kind(source),
         }
-    }
-
-    /// Whether the same request may succeed a little later.
-    #[must_use]
-    pub fn is_retryable(&self) -> bool {
-        self.kind() == ErrorKind::Unavailable
     }
 
     /// The error and all its causes, on one line.
