@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use futures::stream::BoxStream;
 use narlake_format::lake::config::Document;
 use object_store::aws::AmazonS3Builder;
 use object_store::limit::LimitStore;
@@ -26,8 +27,8 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
-    RetryConfig,
+    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload, RetryConfig,
 };
 
 pub use self::conditional::Probe;
@@ -245,15 +246,13 @@ impl Bucket {
         let mut attempt = 0;
         loop {
             let result = self.store.get_opts(&path(key)?, options.clone()).await;
-            match result {
-                Ok(found) => match found.bytes().await {
-                    Ok(bytes) => return Ok(bytes),
-                    Err(error) if attempt < BODY_RETRIES => {
-                        attempt += 1;
-                        tracing::debug!(key, attempt, error = %error, "body broke off, reading again");
-                    }
-                    Err(error) => return Err(bucket_error("read", key, error)),
-                },
+            let found = result.map_err(|error| bucket_error("read", key, error))?;
+            match within("read", BODY_LIMIT, found.bytes()).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(error) if attempt < BODY_RETRIES => {
+                    attempt += 1;
+                    tracing::debug!(key, attempt, error = %error, "body broke off, reading again");
+                }
                 Err(error) => return Err(bucket_error("read", key, error)),
             }
         }
@@ -283,7 +282,7 @@ impl Bucket {
                 Some(after) => self.store.list_with_offset(Some(&at), &path(after)?),
                 None => self.store.list(Some(&at)),
             };
-            match stream.map_ok(|meta| info(&meta)).try_collect::<Vec<_>>().await {
+            match collect(stream).await {
                 Ok(mut found) => {
                     found.sort_by(|a, b| a.key.cmp(&b.key));
                     return Ok(found);
@@ -322,7 +321,7 @@ impl Bucket {
         // The backend deletes in streams, which the retry layer lets pass.
         let mut attempt = 0;
         loop {
-            match self.store.delete(&at).await {
+            match within("delete", BODY_LIMIT, self.store.delete(&at)).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => return Ok(()),
                 Err(error) if attempt < BODY_RETRIES && retry::is_transient(&error) => attempt += 1,
                 Err(error) => return Err(bucket_error("delete", key, error)),
@@ -344,11 +343,34 @@ pub(crate) fn decode_document<D: Document>(key: &str, bytes: &[u8]) -> Result<D,
 /// How often a body or listing that broke off is read again.
 const BODY_RETRIES: u32 = 3;
 
+/// Time limit of one body (a pack at most), of one page of a listing, and of one attempt to delete. The retry layer
+/// bounds everything else.
+const BODY_LIMIT: Duration = Duration::from_secs(30);
+
+async fn collect(
+    mut listing: BoxStream<'static, object_store::Result<ObjectMeta>>,
+) -> object_store::Result<Vec<ObjectInfo>> {
+    let mut found = Vec::new();
+    // For each page alone: all of them together may take long, and are worth the wait.
+    while let Some(meta) = within("list", BODY_LIMIT, listing.try_next()).await? {
+        found.push(info(&meta));
+    }
+    Ok(found)
+}
+
+async fn within<T>(
+    operation: &'static str,
+    limit: Duration,
+    work: impl Future<Output = object_store::Result<T>>,
+) -> object_store::Result<T> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(retry::timed_out(operation, limit)))
+}
+
 fn path(key: &str) -> Result<Path, Error> {
     Path::parse(key.trim_end_matches('/')).map_err(|e| bucket_error("name", key, e.into()))
 }
 
-fn info(meta: &object_store::ObjectMeta) -> ObjectInfo {
+fn info(meta: &ObjectMeta) -> ObjectInfo {
     ObjectInfo {
         key: meta.location.to_string(),
         size: meta.size,

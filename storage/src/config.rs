@@ -40,8 +40,13 @@ impl Default for Settings {
             cpu_threads: std::thread::available_parallelism().map_or(2, usize::from),
             seal_after: Duration::from_millis(200),
             nar_size_max: NAR_SIZE_MAX,
-            // Packs of the same bucket are near: joining frames over a small gap beats another request.
-            fetch: FetchSettings { gap_bytes: 64 << 10, ..FetchSettings::default() },
+            fetch: FetchSettings {
+                // Packs of the same bucket are near: joining frames over a small gap beats another request.
+                gap_bytes: 64 << 10,
+                // The index is in this process, and knows first what may not be relied on any more.
+                locations_max: 0,
+                ..FetchSettings::default()
+            },
         }
     }
 }

@@ -101,12 +101,14 @@ pub enum Error {
     #[error("the NAR cannot be stored")]
     Unstorable(#[source] FormatError),
     /// What was sent is beyond a limit.
-    #[error("{what} exceeds {limit} bytes")]
+    #[error("{what} exceeds {limit} {unit}")]
     TooLarge {
         /// What it is.
         what: &'static str,
-        /// The limit, in bytes.
+        /// The limit.
         limit: u64,
+        /// What the limit counts.
+        unit: &'static str,
     },
     /// The stream that was being read broke off.
     #[error("read the stream sent")]
@@ -169,6 +171,12 @@ pub enum Rejection {
         /// What was pushed.
         pushed: String,
     },
+    /// It has more signatures than a path may.
+    #[error("it has {0} signatures, the limit is {1}")]
+    Signatures(usize, usize),
+    /// Its record could not be read back.
+    #[error("no record can be made of it: {0}")]
+    Record(String),
     /// Packs that the upload relied on are being collected.
     #[error("its NAR was collected meanwhile; upload it again")]
     Condemned,
@@ -194,6 +202,8 @@ impl Error {
                 | Rejection::MissingReference(_)
                 | Rejection::ContentAddress(_)
                 | Rejection::UnsupportedContentAddress(_)
+                | Rejection::Signatures(..)
+                | Rejection::Record(_)
                 | Rejection::Url(_) => ErrorKind::Invalid,
             },
             Self::TooLarge { .. } => ErrorKind::TooLarge,

@@ -1,10 +1,9 @@
 //! A NAR goes out: the exact inverse of `ingest`.
 //!
 //! Before the first byte, every chunk is looked up: a NAR that cannot be completed is refused, never cut short. Then the
-//! manifest is read part by part; the chunks of the next stretch are fetched while the last one is being sent, patched,
-//! and framed as a NAR. Memory is bounded by two stretches.
-
-use std::collections::HashSet;
+//! manifest is read part by part; the chunks of the next stretches are fetched while the last one is being sent, patched,
+//! and framed as a NAR. Memory is bounded by the stretches ahead: each has 2 MiB of content and structure, and its chunks
+//! come out of at most 128 decoded frames of 256 KiB, mostly out of 8.
 
 use bytes::Bytes;
 use futures::stream::try_unfold;
@@ -20,8 +19,10 @@ use crate::error::Error;
 use crate::fetch::Fetcher;
 use crate::manifest::Manifest;
 
-/// Raw bytes of chunks fetched together.
+/// Bytes of a stretch: raw chunks, names and targets, and the memory of the steps themselves.
 const STRETCH_BYTES: usize = 2 << 20;
+/// Chunks fetched together, each of which may lie in a frame of its own.
+const STRETCH_CHUNKS: usize = 128;
 /// Stretches in memory: one being sent, the others on their way.
 const STRETCHES_AHEAD: usize = 3;
 
@@ -35,36 +36,6 @@ enum Step {
     /// The next chunk fetched, and the patches that start in it.
     Chunk(Vec<Patch>),
     EndFile,
-}
-
-/// Looks every blob of a tree up. `sound` says whether a chunk that has a place may be relied on.
-///
-/// # Errors
-/// `Corrupt` where one is nowhere or not sound, naming it.
-pub(crate) async fn check_complete(
-    fetcher: &Fetcher,
-    mut manifest: Manifest,
-    sound: impl Fn(&BlobId) -> bool,
-) -> Result<(), Error> {
-    loop {
-        let mut chunks = HashSet::new();
-        let more = manifest
-            .next_part(fetcher, |event| {
-                if let ManifestEvent::Chunk { id, .. } = event {
-                    chunks.insert(BlobId::from(id));
-                }
-                Ok(())
-            })
-            .await?;
-        if !more {
-            return Ok(());
-        }
-        let chunks: Vec<BlobId> = chunks.into_iter().collect();
-        fetcher.locate(BlobKind::Chunk, &chunks).await?;
-        if let Some(id) = chunks.iter().find(|id| !sound(id)) {
-            return Err(Error::MissingBlob { kind: BlobKind::Chunk, id: *id });
-        }
-    }
 }
 
 /// The NAR of a tree, as buffers of up to a few megabytes, ending in an error where something does not verify.
@@ -128,18 +99,27 @@ fn stretches(fetcher: Fetcher, manifest: Manifest) -> impl Stream<Item = Result<
 impl Stretch {
     /// Whether this stretch takes the event. Patches stay with their chunk.
     fn has_room_for(&self, event: &ManifestEvent<'_>) -> bool {
-        self.bytes < STRETCH_BYTES || matches!(event, ManifestEvent::Patch(_))
+        let open = self.bytes < STRETCH_BYTES && self.chunks.len() < STRETCH_CHUNKS;
+        open || matches!(event, ManifestEvent::Patch(_))
     }
 
     fn take(&mut self, event: ManifestEvent<'_>) {
+        self.bytes += match &event {
+            ManifestEvent::Patch(_) => size_of::<Patch>(),
+            ManifestEvent::Entry { name } => size_of::<Step>() + name.len(),
+            ManifestEvent::Symlink { target, patches } => {
+                size_of::<Step>() + target.len() + size_of_val(*patches)
+            }
+            ManifestEvent::Chunk { length, .. } => size_of::<Step>() + *length as usize,
+            _ => size_of::<Step>(),
+        };
         self.steps.push(match event {
             ManifestEvent::Directory => Step::Directory,
             ManifestEvent::Entry { name } => Step::Entry(name.to_vec()),
             ManifestEvent::EndDirectory => Step::EndDirectory,
             ManifestEvent::Symlink { target, patches } => Step::Symlink(target.to_vec(), patches.to_vec()),
             ManifestEvent::BeginFile { executable, size } => Step::BeginFile(executable, size),
-            ManifestEvent::Chunk { id, length } => {
-                self.bytes += length as usize;
+            ManifestEvent::Chunk { id, .. } => {
                 self.chunks.push((BlobKind::Chunk, id.into()));
                 Step::Chunk(Vec::new())
             }

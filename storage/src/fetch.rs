@@ -56,7 +56,7 @@ pub struct FetchSettings {
     pub deadline: Duration,
     /// Decoded frames kept, in bytes.
     pub frame_cache_bytes: u64,
-    /// Places of blobs kept, in number (about 120 bytes each).
+    /// Places of blobs kept, in number (about 120 bytes each); none where the source itself answers at once.
     pub locations_max: usize,
     /// Reads in flight at once.
     pub parallel: usize,
@@ -133,10 +133,11 @@ impl Fetcher {
     ///
     /// # Errors
     /// `Corrupt` where one of them is nowhere; `Unavailable` where the source does not answer in time.
-    pub async fn locate(&self, kind: BlobKind, ids: &[BlobId]) -> Result<(), Error> {
-        let places = self.bounded(ids.first(), self.places(ids.iter().copied())).await?;
-        match ids.iter().find(|id| !places.contains_key(id)) {
-            Some(id) => Err(Error::MissingBlob { kind, id: *id }),
+    pub async fn locate(&self, blobs: &[(BlobKind, BlobId)]) -> Result<(), Error> {
+        let ids = blobs.iter().map(|(_, id)| *id);
+        let places = self.bounded(blobs.first().map(|(_, id)| id), self.places(ids)).await?;
+        match blobs.iter().find(|(_, id)| !places.contains_key(id)) {
+            Some((kind, id)) => Err(Error::MissingBlob { kind: *kind, id: *id }),
             None => Ok(()),
         }
     }

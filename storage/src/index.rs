@@ -4,17 +4,22 @@
 //! file, put in the bucket and memory-mapped here. At start the index is made of the segments of the bucket plus the
 //! footers of packs that no segment covers ([`rebuild`]), so nothing but the bucket is needed.
 //!
+//! What other servers have put since then, and what was taken for lost while the bucket was ill, is found when somebody
+//! asks for content that has no place: before "nowhere" is said, the bucket is listed again ([`refresh`]).
+//!
 //! Invariant: an entry is given out only for a pack that the bucket listed or that was put since. A hit is a promise
-//! that a push may rely on; a miss only costs a duplicate. So a push never hears of a copy in a pack of which a frame
-//! failed to verify, since where one has rotted its neighbours are suspect (docs/consistency.md, rule 7). A reader does
-//! where there is no other: it verifies what it gets.
+//! that a push may rely on; a miss only costs a duplicate. So a push never hears of a copy in a pack that is condemned
+//! (docs/consistency.md, rule 4), nor in one of which a frame failed to verify, since where one has rotted its
+//! neighbours are suspect (rule 7). A reader does where there is no other: it verifies what it gets.
 
+mod condemned;
 mod map;
 mod rebuild;
+mod refresh;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use narlake_format::id::{BlobId, SegmentId};
@@ -22,12 +27,18 @@ use narlake_format::lake::keys;
 use narlake_format::lake::location::{Domain, Location, PackRef};
 use narlake_format::lake::segment::{Segment, SegmentBuilder};
 
+use self::condemned::Condemned;
 use self::map::MappedFile;
+pub(crate) use self::refresh::Reach;
+use self::refresh::Refreshed;
 use crate::bucket::Bucket;
 use crate::error::Error;
 use crate::kv::Kv;
 use crate::metrics::Metrics;
 use crate::mint::Mint;
+
+/// Blobs of a memtable beyond which pushes are refused: segments have not been written for long, and memory is finite.
+const MEMTABLE_BLOBS_MAX: usize = 4 * MEMTABLE_BLOBS;
 
 /// Blobs at which a memtable becomes a segment: about 12 MB of file, 30 MB of memory before.
 const MEMTABLE_BLOBS: usize = 1 << 18;
@@ -41,6 +52,10 @@ pub(crate) struct Index {
     metrics: Metrics,
     // Held for look-ups and inserts only, never across an await.
     tables: RwLock<Tables>,
+    /// Held while segments are written: two at once would write the same blobs.
+    flushing: tokio::sync::Mutex<()>,
+    /// Held while the bucket is listed for more packs, so that all who miss something share one listing.
+    refreshed: tokio::sync::Mutex<HashMap<Domain, Refreshed>>,
 }
 
 #[derive(Default)]
@@ -48,6 +63,10 @@ struct Tables {
     packs: HashSet<PackRef>,
     /// Packs of which frames failed to verify, and the offsets of those.
     damaged: HashMap<PackRef, HashSet<u32>>,
+    /// Packs that segments name and that the bucket does not list, or did not have when they were read.
+    lost: HashSet<PackRef>,
+    /// Packs that are about to be deleted.
+    condemned: Condemned,
     domains: HashMap<Domain, Table>,
 }
 
@@ -68,10 +87,15 @@ impl Index {
         kv: Kv,
         mint: Mint,
         metrics: Metrics,
-    ) -> Result<Self, Error> {
+    ) -> Result<Arc<Self>, Error> {
         let directory = directory.join("segments");
         std::fs::create_dir_all(&directory).map_err(|e| Error::state("create segment directory", &directory, e))?;
-        let index = Self { directory, bucket, kv, mint, metrics, tables: RwLock::default() };
+        let (tables, flushing, refreshed) = Default::default();
+        let index = Arc::new(Self { directory, bucket, kv, mint, metrics, tables, flushing, refreshed });
+        if let Err(error) = index.read_condemned().await {
+            // A push asks again before it is acknowledged, and fails then if it has to.
+            tracing::warn!(error = error.chain(), "condemned packs not known yet");
+        }
         index.rebuild().await?;
         Ok(index)
     }
@@ -87,9 +111,15 @@ impl Index {
         ids.iter().map(|id| tables.best(domain, id)).collect()
     }
 
-    /// Whether the bucket holds a pack, as far as is known here.
-    pub(crate) fn has_pack(&self, pack: &PackRef) -> bool {
-        self.tables.read().unwrap_or_else(PoisonError::into_inner).packs.contains(pack)
+    /// Whether a pack is in the bucket and may be relied on, as far as is known here.
+    pub(crate) fn is_sound(&self, pack: &PackRef) -> bool {
+        self.tables.read().unwrap_or_else(PoisonError::into_inner).is_sound(pack)
+    }
+
+    /// Whether anything was ever found damaged or lost, so that a path may lack content.
+    pub(crate) fn has_suspects(&self) -> bool {
+        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+        !tables.damaged.is_empty() || !tables.lost.is_empty()
     }
 
     /// Takes note that a frame does not verify. False if that was known.
@@ -98,9 +128,14 @@ impl Index {
         tables.damaged.entry(*pack).or_default().insert(frame_offset)
     }
 
-    /// Takes note that the bucket does not hold a pack any more: what it held is a miss from now on.
+    /// Takes note that the bucket does not hold a pack any more: what it held is a miss, until a listing shows the pack
+    /// again.
     pub(crate) fn forget_pack(&self, pack: &PackRef) {
-        self.tables.write().unwrap_or_else(PoisonError::into_inner).packs.remove(pack);
+        {
+            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+            tables.packs.remove(pack);
+            tables.lost.insert(*pack);
+        }
         if let Err(error) = self.kv.packs.remove(keys::pack(pack).as_bytes()) {
             tracing::warn!(%pack, error = error.chain(), "pack not struck off the local catalogue");
         }
@@ -111,12 +146,13 @@ impl Index {
     pub(crate) fn add(&self, pack: PackRef, bytes: u64, blobs: impl IntoIterator<Item = (BlobId, Location)>) {
         {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            let Tables { packs, damaged, domains } = &mut *tables;
+            let Tables { packs, damaged, lost, condemned, domains } = &mut *tables;
             packs.insert(pack);
+            lost.remove(&pack);
             let memtable = &mut domains.entry(pack.domain).or_default().memtable;
             for (id, at) in blobs {
-                // At start packs come in any order: a damaged copy never takes the place of another.
-                if damaged.contains_key(&pack) {
+                // Packs come in any order: a copy that may not be relied on never takes the place of another.
+                if damaged.contains_key(&pack) || condemned.contains(&pack) {
                     memtable.entry(id).or_insert(at);
                 } else {
                     memtable.insert(id, at);
@@ -149,21 +185,17 @@ impl Index {
     ///
     /// # Errors
     /// Where the bucket or the disk does not take it; the memtable then stays.
-    pub(crate) async fn flush(&self, least: usize) -> Result<(), Error> {
-        let full: Vec<(Domain, Vec<(BlobId, Location)>)> = {
-            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-            let full = tables.domains.iter().filter(|(_, table)| table.memtable.len() >= least.max(1));
-            full.map(|(domain, table)| (*domain, table.memtable.iter().map(|(id, at)| (*id, *at)).collect())).collect()
-        };
-        for (domain, entries) in full {
+    pub(crate) async fn flush(self: &Arc<Self>, least: usize) -> Result<(), Error> {
+        let _turn = self.flushing.lock().await;
+        for domain in self.domains_with(least.max(1)) {
             let id = SegmentId(self.mint.ulid());
-            let mut builder = SegmentBuilder::new();
-            for (blob, at) in &entries {
-                builder.add(*blob, at);
-            }
-            let bytes = Bytes::from(builder.finish());
-            self.bucket.put_new(&keys::segment(0, &id), bytes.clone()).await?;
-            let segment = self.load(&id, &bytes)?;
+            // Sorting, and writing some megabytes, is too long for a thread that others wait for.
+            let index = Arc::clone(self);
+            let written = tokio::task::spawn_blocking(move || index.write(domain, &id)).await;
+            let (entries, bytes) = written.map_err(|_| Error::Stopped("segment writer"))??;
+            // The copy on disk came first: with a full disk no segment after the other goes to the bucket in vain.
+            self.bucket.put_new(&keys::segment(0, &id), bytes).await?;
+            let segment = self.map(&id)?;
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
             let table = tables.domains.entry(domain).or_default();
             table.segments.push(segment);
@@ -172,21 +204,59 @@ impl Index {
                     table.memtable.remove(blob);
                 }
             }
+            table.memtable.shrink_to(MEMTABLE_BLOBS / 8);
         }
         Ok(())
     }
 
     /// Turns memtables that are full into segments.
-    pub(crate) async fn flush_full(&self) -> Result<(), Error> {
+    pub(crate) async fn flush_full(self: &Arc<Self>) -> Result<(), Error> {
         self.flush(MEMTABLE_BLOBS).await
     }
 
-    /// Keeps a copy of a segment on disk and maps it.
-    fn load(&self, id: &SegmentId, bytes: &[u8]) -> Result<Segment<MappedFile>, Error> {
+    /// Refuses new content while segments cannot be written, with what is in the way of that.
+    ///
+    /// # Errors
+    /// That of the segment tried now.
+    pub(crate) async fn check_room(self: &Arc<Self>) -> Result<(), Error> {
+        if self.domains_with(MEMTABLE_BLOBS_MAX).is_empty() { Ok(()) } else { self.flush_full().await }
+    }
+
+    fn domains_with(&self, least: usize) -> Vec<Domain> {
+        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+        tables.domains.iter().filter(|(_, table)| table.memtable.len() >= least).map(|(domain, _)| *domain).collect()
+    }
+
+    /// Writes the local copy of a segment of all that is in a memtable now. Blocks.
+    fn write(&self, domain: Domain, id: &SegmentId) -> Result<(Vec<(BlobId, Location)>, Bytes), Error> {
+        let entries: Vec<(BlobId, Location)> = {
+            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+            let memtable = tables.domains.get(&domain).map(|table| &table.memtable);
+            memtable.into_iter().flatten().map(|(id, at)| (*id, *at)).collect()
+        };
+        let mut builder = SegmentBuilder::new();
+        for (blob, at) in &entries {
+            builder.add(*blob, at);
+        }
+        let bytes = Bytes::from(builder.finish());
+        self.keep(id, &bytes)?;
+        Ok((entries, bytes))
+    }
+
+    /// Keeps a copy of a segment on disk. One that did not make it to the bucket goes at the next start.
+    fn keep(&self, id: &SegmentId, bytes: &[u8]) -> Result<(), Error> {
         let path = self.directory.join(id.to_string());
         let temporary = path.with_extension("new");
-        std::fs::write(&temporary, bytes).map_err(|e| Error::state("write segment", &temporary, e))?;
-        std::fs::rename(&temporary, &path).map_err(|e| Error::state("write segment", &path, e))?;
+        let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, &path));
+        written.map_err(|e| {
+            // Half a file on a full disk would only be in the way of the next try.
+            let _ = std::fs::remove_file(&temporary);
+            Error::state("write segment", &path, e)
+        })
+    }
+
+    fn map(&self, id: &SegmentId) -> Result<Segment<MappedFile>, Error> {
+        let path = self.directory.join(id.to_string());
         let mapped = MappedFile::open(&path).map_err(|e| Error::state("map segment", &path, e))?;
         Segment::open(mapped).map_err(Error::format(path.display().to_string()))
     }
@@ -212,8 +282,12 @@ impl Tables {
         recent.into_iter().chain(older).filter(|at| self.packs.contains(&at.pack))
     }
 
+    fn is_sound(&self, pack: &PackRef) -> bool {
+        self.packs.contains(pack) && !self.damaged.contains_key(pack) && !self.condemned.contains(pack)
+    }
+
     fn sound(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
-        self.copies(domain, id).find(|at| !self.damaged.contains_key(&at.pack))
+        self.copies(domain, id).find(|at| self.is_sound(&at.pack))
     }
 
     /// The copy to read: one that may be relied on, else one that has not failed yet, else any.

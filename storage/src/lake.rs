@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
@@ -22,8 +23,9 @@ use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 
 use crate::bucket::Bucket;
+use crate::complete::{self, Roots};
 use crate::config::Settings;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::export;
 use crate::fetch::{BlobSource, Fetcher};
 use crate::index::Index;
@@ -35,8 +37,12 @@ use crate::mint::Mint;
 use crate::pack::writer::PackWriter;
 use crate::publish::{Publication, Published};
 use crate::records::{Cache, Records};
+use crate::rewrite::Rewriter;
 use crate::source::BucketSource;
 use crate::upload::{UploadName, Uploads, found};
+
+/// Time limit of publishing a path. Each request has its own, much shorter; this is for thousands of references.
+const PUBLISH_LIMIT: Duration = Duration::from_secs(300);
 
 /// An open lake. Cheap to clone; clones share everything.
 #[derive(Clone)]
@@ -120,6 +126,7 @@ impl Lake {
     where
         S: Stream<Item = io::Result<Bytes>> + Unpin,
     {
+        self.inner.index.check_room().await?;
         self.inner.intake.ingest(cache.domain(), nar).await
     }
 
@@ -141,7 +148,7 @@ impl Lake {
     pub async fn has_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
         match self.find_upload(cache, name).await {
             // "No" makes the client send it again, which heals.
-            Err(error) if error.kind() == crate::ErrorKind::Corrupt => {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
                 tracing::warn!(file = %name.file_hash, error = error.chain(), "upload is not whole");
                 Ok(false)
             }
@@ -151,26 +158,37 @@ impl Lake {
 
     async fn find_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
         if let Some(upload) = self.waiting(cache, name).await? {
-            self.check_sound(cache.domain(), upload.manifest).await?;
             self.inner.uploads.renew(cache.id(), name, &upload).await?;
             return Ok(true);
         }
         match self.uploaded(cache, name).await? {
-            Some(record) => self.check_sound(cache.domain(), record.manifest()).await.map(|()| true),
+            Some(record) => self.check_sound(cache.domain(), Roots::from(&*record)).await.map(|()| true),
             None => Ok(false),
         }
     }
 
-    /// The upload of this name that waits for its narinfo, if there is one: one whose content is there, if there is one.
+    /// The newest upload of this name that waits for its narinfo and whose content may be relied on, if there is one.
+    /// Where content was lost and sent again, ids alone do not say which is which: two servers' clocks may differ by
+    /// minutes.
+    ///
+    /// # Errors
+    /// `Corrupt` where there are some, and the content of none may be relied on.
     pub(crate) async fn waiting(&self, cache: &Cache, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
-        self.inner.uploads.find(cache.id(), name, |upload| self.has_content(cache, upload)).await
-    }
-
-    /// Whether what an upload names is there, as far as the index tells.
-    pub(crate) fn has_content(&self, cache: &Cache, upload: &UploadDocument) -> bool {
+        let uploads = self.inner.uploads.find(cache.id(), name).await?;
+        // Mostly every pack of the newest is as it was, and nothing has to be read.
         let index = &self.inner.index;
-        index.get(&cache.domain(), &upload.manifest.into()).is_some()
-            && upload.packs.iter().all(|pack| index.has_pack(pack))
+        if let Some(whole) = uploads.iter().find(|upload| upload.packs.iter().all(|pack| index.is_sound(pack))) {
+            return Ok(Some(whole.clone()));
+        }
+        let mut unsound = None;
+        for upload in uploads {
+            match self.check_sound(cache.domain(), Roots::from(&upload)).await {
+                Ok(()) => return Ok(Some(upload)),
+                Err(error) if error.kind() == ErrorKind::Corrupt => unsound = unsound.or(Some(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        unsound.map_or(Ok(None), Err)
     }
 
     /// The path that a NAR of this name became, if it did.
@@ -191,7 +209,12 @@ impl Lake {
     /// `Invalid` where the push does not hold together, `Conflict` where the cache refuses a second content, `Corrupt`
     /// where content went missing, the bucket's own otherwise.
     pub async fn publish(&self, cache: &Cache, info: NarInfo, signers: &[SecretKey]) -> Result<Published, Error> {
-        Publication { lake: self, cache, info, signers }.run().await
+        let path = info.store_path.to_string();
+        let publication = Publication { lake: self, cache, info, signers };
+        tokio::time::timeout(PUBLISH_LIMIT, publication.run()).await.unwrap_or_else(|_| {
+            let limit_ms = u64::try_from(PUBLISH_LIMIT.as_millis()).unwrap_or(u64::MAX);
+            Err(Error::Deadline { operation: "publish", key: path, limit_ms })
+        })
     }
 
     /// The record of a path, `None` where the bucket has none.
@@ -222,17 +245,33 @@ impl Lake {
     /// # Errors
     /// `Corrupt` where content is missing, the bucket's own otherwise.
     pub async fn check_complete(&self, cache: &Cache, record: &PathRecord) -> Result<(), Error> {
-        let fetcher = self.fetcher(cache.domain());
-        let manifest = Manifest::open(&fetcher, &record.manifest()).await?;
         // A damaged copy may still do for what is asked of it; what is read is verified.
-        export::check_complete(&fetcher, manifest, |_| true).await
+        complete::check(&self.fetcher(cache.domain()), record.into(), |_| true).await
+    }
+
+    /// Whether a path needs no push: all its content is there and none of it suspect. Where nothing was ever found
+    /// damaged or lost this reads nothing; otherwise it looks up every blob.
+    ///
+    /// # Errors
+    /// Where the bucket does not answer.
+    pub async fn is_sound(&self, cache: &Cache, record: &PathRecord) -> Result<bool, Error> {
+        if !self.inner.index.has_suspects() {
+            return Ok(true);
+        }
+        match self.check_sound(cache.domain(), record.into()).await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(path = %record.info().store_path, error = error.chain(), "path needs a push");
+                Ok(false)
+            }
+            checked => checked.map(|()| true),
+        }
     }
 
     /// The records of the closure of `roots`, references before those who refer to them where there is no cycle; and
-    /// the roots that are not in the cache.
+    /// those of it that are not in the cache.
     ///
     /// # Errors
-    /// `Corrupt` where a reference of a path is gone, `TooLarge` beyond 100,000 paths, the bucket's own otherwise.
+    /// `Corrupt` where a record does not decode, `TooLarge` beyond 100,000 paths, the bucket's own otherwise.
     pub async fn closure(
         &self,
         cache: &Cache,
@@ -253,7 +292,7 @@ impl Lake {
                 continue;
             }
             if seen.len() > CLOSURE_MAX {
-                return Err(Error::TooLarge { what: "closure (paths)", limit: CLOSURE_MAX as u64 });
+                return Err(Error::TooLarge { what: "closure", limit: CLOSURE_MAX as u64, unit: "paths" });
             }
             let Some(record) = self.lookup(cache, &hash).await? else {
                 missing.push(hash);
@@ -273,7 +312,7 @@ impl Lake {
     /// Where the bucket does not take it.
     pub async fn put_document(&self, cache: &Cache, document: &DocumentKey, bytes: Bytes) -> Result<(), Error> {
         match self.inner.bucket.put_new(&document.key(cache), bytes).await {
-            Err(error) if error.kind() == crate::ErrorKind::Conflict => Ok(()),
+            Err(error) if error.kind() == ErrorKind::Conflict => Ok(()),
             done => done.map(|_| ()),
         }
     }
@@ -286,10 +325,12 @@ impl Lake {
         found(self.inner.bucket.get(&document.key(cache)).await)
     }
 
-    /// Where blobs of a domain lie, in order.
-    #[must_use]
-    pub fn locate(&self, domain: &Domain, ids: &[BlobId]) -> Vec<Option<Location>> {
-        self.inner.index.get_many(domain, ids)
+    /// Where blobs of a domain lie, in order. Of one that is not known here the bucket is asked first.
+    ///
+    /// # Errors
+    /// Where the bucket does not answer.
+    pub async fn locate(&self, domain: &Domain, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
+        self.source(*domain).locate(ids).await
     }
 
     /// Bytes of a pack, as stored.
@@ -325,7 +366,8 @@ impl Lake {
     pub async fn close(&self) -> Result<(), Error> {
         self.inner.writer.flush().await?;
         self.inner.index.flush(1).await?;
-        self.inner.kv.flush()
+        let kv = self.inner.kv.clone();
+        tokio::task::spawn_blocking(move || kv.flush()).await.map_err(|_| Error::Stopped("state database"))?
     }
 
     /// The fetch engine of a domain.
@@ -351,11 +393,16 @@ impl Lake {
         }
     }
 
-    /// Whether every blob of a tree is there and may be relied on.
-    pub(crate) async fn check_sound(&self, domain: Domain, manifest: ManifestId) -> Result<(), Error> {
-        let fetcher = self.fetcher(domain);
-        let manifest = Manifest::open(&fetcher, &manifest).await?;
-        export::check_complete(&fetcher, manifest, |id| self.inner.index.get(&domain, id).is_some()).await
+    /// Whether every blob under these roots is there and may be relied on.
+    pub(crate) async fn check_sound(&self, domain: Domain, roots: Roots) -> Result<(), Error> {
+        complete::check(&self.fetcher(domain), roots, |id| self.inner.index.get(&domain, id).is_some()).await
+    }
+
+    /// Writes what is under these roots again, as far as it lies where it may not be relied on.
+    pub(crate) async fn rewrite(&self, domain: Domain, roots: Roots) -> Result<u64, Error> {
+        let (fetcher, index) = (self.fetcher(domain), Arc::clone(&self.inner.index));
+        let zstd_level = self.inner.settings.zstd_level;
+        Rewriter { domain, fetcher, index, writer: self.inner.writer.clone(), zstd_level }.run(roots).await
     }
 
     /// The NAR of a tree.
@@ -370,16 +417,16 @@ impl Lake {
         Ok(export::nar(Fetcher::clone(&fetcher), manifest, strings, format!("manifest {id}")))
     }
 
+    pub(crate) fn index(&self) -> &Arc<Index> {
+        &self.inner.index
+    }
+
     pub(crate) fn records(&self) -> &Records {
         &self.inner.records
     }
 
     pub(crate) fn uploads(&self) -> &Uploads {
         &self.inner.uploads
-    }
-
-    pub(crate) fn bucket(&self) -> &Bucket {
-        &self.inner.bucket
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

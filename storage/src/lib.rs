@@ -9,6 +9,7 @@
 
 pub mod bucket;
 mod clock;
+mod complete;
 mod config;
 mod cpu;
 mod error;
@@ -24,6 +25,7 @@ mod mint;
 mod pack;
 mod publish;
 mod records;
+mod rewrite;
 mod source;
 mod upload;
 

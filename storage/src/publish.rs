@@ -3,23 +3,25 @@
 //! Order (docs/consistency.md, rules 0 to 6): everything the record names is in the bucket already; the record is
 //! written; then delete markers and references are read from the bucket, never from a local cache; only then is the push
 //! acknowledged. A crash anywhere leaves unreferenced bytes or a whole path, never half of one.
+//!
+//! A record that was written is never taken back because of what is found after: another push may have seen it, and been
+//! acknowledged on its strength.
+
+mod content_address;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt};
 use narlake_format::id::ManifestId;
 use narlake_format::lake::config::{FileDocument, OnConflict, UploadDocument};
-use narlake_format::lake::location::PackRef;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::lake::strings::StringTable;
-use narlake_format::lake::{condemned, keys};
-use narlake_format::nar::{Event, NarError, Reader};
-use narlake_format::nix::content_address::ContentAddress;
-use narlake_format::nix::hash::{Sha256Hash, Sha256Hasher};
+use narlake_format::nix::hash::Sha256Hash;
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::signature::SecretKey;
 
+use crate::complete::Roots;
 use crate::error::{Error, ErrorKind, Rejection};
 use crate::records::{Cache, same_content};
 use crate::upload::UploadName;
@@ -64,7 +66,6 @@ struct Content {
     nar_size: u64,
     manifest: ManifestId,
     strings: StringTable,
-    packs: Vec<PackRef>,
 }
 
 /// One narinfo on its way to being a record.
@@ -75,11 +76,21 @@ pub(crate) struct Publication<'a> {
     pub(crate) signers: &'a [SecretKey],
 }
 
+/// How often content is moved out of condemned packs before a push gives up: each time there was news of more.
+const REWRITES_MAX: u32 = 3;
+
+/// Signatures that a path may bring along or gather. Those of its cache come on top.
+const FOREIGN_SIGNATURES_MAX: usize = 64;
+
 impl Publication<'_> {
     /// Checks and commits.
     pub(crate) async fn run(self) -> Result<Published, Error> {
         let hash = self.info.store_path.hash;
+        if self.info.signatures.len() > FOREIGN_SIGNATURES_MAX {
+            return Err(self.rejected(Rejection::Signatures(self.info.signatures.len(), FOREIGN_SIGNATURES_MAX)));
+        }
         let _turn = self.lake.records().turn(&hash).await;
+        let condemnations = self.lake.index().condemnations();
         let published = match self.lake.records().in_bucket(self.cache, &hash).await {
             Ok(Some(record)) => self.again(record).await?,
             Ok(None) => self.first().await?,
@@ -87,6 +98,9 @@ impl Publication<'_> {
             Err(error) if error.kind() == ErrorKind::Corrupt => self.first().await?,
             Err(error) => return Err(error),
         };
+        if published.outcome != Outcome::NotReproducible {
+            self.confirm(&published.record, condemnations).await?;
+        }
         self.lake.metrics().published.with_label_values(&[published.outcome.label()]).inc();
         Ok(published)
     }
@@ -97,10 +111,21 @@ impl Publication<'_> {
         if there.nar_hash != self.info.nar_hash {
             return self.not_reproducible(record);
         }
-        // A push that brought the NAR again has stored whatever chunk was missing, so this heals or says what is wrong.
-        self.lake.check_sound(self.cache.domain(), record.manifest()).await?;
+        let (domain, roots) = (self.cache.domain(), Roots::from(&*record));
+        match self.lake.check_sound(domain, roots).await {
+            // A push that brought the NAR again has stored what was missing; what is merely suspect is moved. Where that
+            // does not do, the error says what is wrong.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let blobs = self.lake.rewrite(domain, roots).await?;
+                tracing::info!(path = %there.store_path, blobs, "content written again");
+            }
+            checked => checked?,
+        }
         if let Some(name) = UploadName::parse(&self.info.url) {
-            let upload = self.lake.waiting(self.cache, &name).await?;
+            let upload = match self.lake.waiting(self.cache, &name).await {
+                Err(error) if error.kind() == ErrorKind::Corrupt => None,
+                upload => upload?,
+            };
             // Only bytes that were uploaded here: a name is not to be had by claiming it.
             if upload.is_some_and(|upload| upload.nar_hash == there.nar_hash) {
                 self.became(&name).await?;
@@ -112,11 +137,11 @@ impl Publication<'_> {
         }
         let strings = self.lake.strings(self.cache, &record).await?;
         let mut info = there.clone();
-        info.signatures.extend(self.info.signatures.iter().cloned());
-        info.signatures.sort_unstable();
-        info.signatures.dedup();
+        let new = self.info.signatures.iter().filter(|signature| !there.signatures.contains(signature));
+        let room = FOREIGN_SIGNATURES_MAX.saturating_sub(there.signatures.len());
+        info.signatures.extend(new.take(room).cloned());
         let signed = self.signed(info, record.manifest(), &strings);
-        let (_, record) = self.lake.records().publish(self.cache, &signed).await?;
+        let record = self.lake.records().publish(self.cache, &signed).await?;
         Ok(Published { record, outcome: Outcome::Known })
     }
 
@@ -128,24 +153,29 @@ impl Publication<'_> {
         self.check(&content).await?;
         self.count_missed_references(&content.strings);
         let pushed = self.signed(self.info.clone(), content.manifest, &content.strings);
-        let (key, record) = self.lake.records().publish(self.cache, &pushed).await?;
-        let hash = &self.info.store_path.hash;
+        let record = self.lake.records().publish(self.cache, &pushed).await?;
         if !same_content(&record, &pushed) {
             // Another server was first.
             return self.not_reproducible(record);
         }
-        match self.check_after_commit(&content.packs).await {
-            Ok(()) => {}
-            Err(error @ Error::Rejected { .. }) => {
-                self.lake.records().withdraw(self.cache, hash, &key).await?;
-                return Err(error);
-            }
-            // What was to be checked is unknown. The path is whole, and somebody may rely on it already: it stays, and
-            // the client, who got no answer, asks again.
-            Err(error) => return Err(error),
-        }
         self.became(&name).await?;
         Ok(Published { record, outcome: Outcome::New })
+    }
+
+    /// Reads from the bucket, now that the record is there, whether what it relies on stays (rule 0). `known` is how
+    /// many condemnations there were before anything was relied on.
+    async fn confirm(&self, record: &PathRecord, mut known: u64) -> Result<(), Error> {
+        let index = self.lake.index();
+        for _ in 0..REWRITES_MAX {
+            index.read_condemned().await?;
+            if index.condemnations() == known {
+                return self.check_references(record.info()).await;
+            }
+            known = index.condemnations();
+            let blobs = self.lake.rewrite(self.cache.domain(), record.into()).await?;
+            tracing::info!(path = %record.info().store_path, blobs, "content moved out of condemned packs");
+        }
+        Err(self.rejected(Rejection::Condemned))
     }
 
     /// The path is served with other content than this push's.
@@ -170,28 +200,29 @@ impl Publication<'_> {
 
     /// What the narinfo's URL stands for: an upload to this cache, or a path of it that had the same upload.
     async fn content(&self, name: &UploadName) -> Result<Content, Error> {
-        if let Some(upload) = self.lake.waiting(self.cache, name).await? {
-            // Content may have been lost since.
-            if !self.lake.has_content(self.cache, &upload) {
+        let waiting = match self.lake.waiting(self.cache, name).await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(path = %self.info.store_path, error = error.chain(), "content went away since its upload");
                 return Err(self.rejected(Rejection::Condemned));
             }
-            let UploadDocument { nar_hash, nar_size, manifest, table, packs, inline_table, .. } = upload;
+            waiting => waiting?,
+        };
+        if let Some(UploadDocument { nar_hash, nar_size, manifest, table, inline_table, .. }) = waiting {
             let strings = match inline_table {
                 Some(strings) => strings,
                 None => manifest::table(&self.lake.fetcher(self.cache.domain()), &table).await?,
             };
-            return Ok(Content { nar_hash, nar_size, manifest, strings, packs });
+            return Ok(Content { nar_hash, nar_size, manifest, strings });
         }
         let Some(record) = self.lake.uploaded(self.cache, name).await? else {
             return Err(self.rejected(Rejection::NoUpload(self.info.url.clone())));
         };
-        self.lake.check_sound(self.cache.domain(), record.manifest()).await?;
+        self.lake.check_sound(self.cache.domain(), Roots::from(&*record)).await?;
         Ok(Content {
             nar_hash: record.info().nar_hash,
             nar_size: record.info().nar_size,
             manifest: record.manifest(),
             strings: self.lake.strings(self.cache, &record).await?,
-            packs: Vec::new(),
         })
     }
 
@@ -207,27 +238,14 @@ impl Publication<'_> {
             return Err(self.rejected(Rejection::NarSize { claimed: self.info.nar_size, found: content.nar_size }));
         }
         self.check_content_address(content).await?;
-        self.check_references().await
-    }
-
-    /// Markers and references, from the bucket.
-    async fn check_after_commit(&self, packs: &[PackRef]) -> Result<(), Error> {
-        let relied: HashSet<&PackRef> = packs.iter().collect();
-        for object in self.lake.bucket().list(keys::CONDEMNED, None).await? {
-            let bytes = self.lake.bucket().get(&object.key).await?;
-            let batch = condemned::decode(&bytes).map_err(Error::format(object.key))?;
-            if batch.iter().any(|pack| relied.contains(pack)) {
-                return Err(self.rejected(Rejection::Condemned));
-            }
-        }
-        self.check_references().await
+        self.check_references(&self.info).await
     }
 
     /// Every reference is there, by a read of the bucket: what is known here may be of the past (rule 6).
-    async fn check_references(&self) -> Result<(), Error> {
-        let own = &self.info.store_path;
+    async fn check_references(&self, info: &NarInfo) -> Result<(), Error> {
+        let own = &info.store_path;
         // Collected: a borrowing filter held across an await would keep the future from being provably `Send`.
-        let others: Vec<_> = self.info.references.iter().filter(|reference| *reference != own).cloned().collect();
+        let others: Vec<_> = info.references.iter().filter(|reference| *reference != own).cloned().collect();
         futures::stream::iter(others)
             .map(|reference| async move {
                 match self.lake.records().in_bucket(self.cache, &reference.hash).await? {
@@ -238,30 +256,6 @@ impl Publication<'_> {
             .buffer_unordered(PARALLEL)
             .try_collect()
             .await
-    }
-
-    /// A content-addressed path must be the one that its content stands for.
-    async fn check_content_address(&self, content: &Content) -> Result<(), Error> {
-        let Some(ca) = &self.info.ca else { return Ok(()) };
-        let wrong = || self.rejected(Rejection::ContentAddress(ca.to_string()));
-        if !self.info.content_address_holds(&self.lake.info().store_dir) {
-            return Err(wrong());
-        }
-        let holds = match ca {
-            // With a reference to itself the address is over the NAR with that reference blanked, which the path itself
-            // attests; without, it is the NAR's own hash.
-            ContentAddress::NixArchive(hash) => {
-                self.info.references.contains(&self.info.store_path) || *hash == self.info.nar_hash
-            }
-            ContentAddress::Text(hash) | ContentAddress::Flat(hash) => {
-                let nar = self.lake.nar_of(self.cache.domain(), content.manifest, &content.strings).await?;
-                flat_hash(nar).await? == Some(*hash)
-            }
-            ContentAddress::Other(_) => {
-                return Err(self.rejected(Rejection::UnsupportedContentAddress(ca.to_string())));
-            }
-        };
-        if holds { Ok(()) } else { Err(wrong()) }
     }
 
     fn count_missed_references(&self, strings: &StringTable) {
@@ -287,24 +281,4 @@ impl Publication<'_> {
     fn rejected(&self, reason: Rejection) -> Error {
         Error::Rejected { path: self.info.store_path.to_string(), reason }
     }
-}
-
-/// SHA-256 of the one file that a NAR holds, `None` where it holds something else.
-async fn flat_hash(nar: impl Stream<Item = Result<bytes::Bytes, Error>>) -> Result<Option<Sha256Hash>, Error> {
-    let mut nar = std::pin::pin!(nar);
-    let mut reader = Reader::new();
-    let mut hasher = Sha256Hasher::new();
-    let mut is_file = true;
-    while let Some(bytes) = nar.next().await {
-        reader.feed(&bytes?, &mut |event| {
-            match event {
-                Event::File { .. } | Event::EndFile => {}
-                Event::Data(bytes) => hasher.update(bytes),
-                _ => is_file = false,
-            }
-            Ok::<(), NarError>(())
-        })?;
-    }
-    reader.finish()?;
-    Ok(is_file.then(|| hasher.finish()))
 }

@@ -19,7 +19,7 @@ use quick_cache::sync::Cache as MemoryCache;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::bucket::Bucket;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Rejection};
 use crate::kv::Kv;
 use crate::mint::Mint;
 
@@ -149,17 +149,23 @@ impl Records {
     /// where a younger one differs, ours is taken back; the youngest never is, so the path stays visible.
     ///
     /// Not cancel safe: a dropped write may still happen, and then the path is visible, whole.
-    pub(crate) async fn publish(&self, cache: &Cache, record: &PathRecord) -> Result<(String, Arc<PathRecord>), Error> {
+    pub(crate) async fn publish(&self, cache: &Cache, record: &PathRecord) -> Result<Arc<PathRecord>, Error> {
         let generation = GenerationId(self.mint.ulid());
         let hash = record.info().store_path.hash;
         let key = keys::path_record(&cache.id, &hash, &generation);
-        self.bucket.put_new(&key, record.to_text(&self.store_dir).into_bytes()).await?;
+        let text = record.to_text(&self.store_dir).into_bytes();
+        // A record that nobody can read would hide the path for good.
+        if let Err(error) = PathRecord::parse(&self.store_dir, &text) {
+            let path = record.info().store_path.to_string();
+            return Err(Error::Rejected { path, reason: Rejection::Record(error.to_string()) });
+        }
+        self.bucket.put_new(&key, text).await?;
         let generations = self.generations(cache, &hash).await?;
         if generations.iter().any(|(other, theirs)| *other > key && !same_content(theirs, record)) {
             self.bucket.delete(&key).await?;
         }
         match self.in_bucket(cache, &hash).await? {
-            Some(served) => Ok((key, served)),
+            Some(served) => Ok(served),
             None => Err(Error::Bucket {
                 operation: "read back",
                 key,
@@ -167,13 +173,6 @@ impl Records {
                 source: "the record just written is not there".into(),
             }),
         }
-    }
-
-    /// Takes back a record just written, because what it relied on went away meanwhile.
-    pub(crate) async fn withdraw(&self, cache: &Cache, hash: &StorePathHash, key: &str) -> Result<(), Error> {
-        self.bucket.delete(key).await?;
-        self.memory.remove(&(cache.id, *hash));
-        self.kv.records.remove(&state_key(cache, hash))
     }
 
     /// How many records are known here.

@@ -12,7 +12,7 @@ use narlake_format::lake::location::{Domain, Location, PackRef};
 use crate::bucket::Bucket;
 use crate::error::{Error, ErrorKind};
 use crate::fetch::BlobSource;
-use crate::index::Index;
+use crate::index::{Index, Reach};
 use crate::metrics::Metrics;
 
 /// Content of one domain.
@@ -26,7 +26,15 @@ pub(crate) struct BucketSource {
 #[async_trait]
 impl BlobSource for BucketSource {
     async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
-        Ok(self.index.get_many(&self.domain, ids))
+        let mut found = self.index.get_many(&self.domain, ids);
+        for reach in [Reach::Tail, Reach::All] {
+            if found.iter().all(Option::is_some) {
+                break;
+            }
+            self.index.refresh(&self.domain, reach).await?;
+            found = self.index.get_many(&self.domain, ids);
+        }
+        Ok(found)
     }
 
     async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
@@ -45,6 +53,7 @@ impl BlobSource for BucketSource {
             }),
         }
     }
+
     async fn damaged(&self, pack: &PackRef, frame_offset: u32, error: &Error) {
         if error.kind() == ErrorKind::NotFound {
             tracing::error!(%pack, error = error.chain(), "pack lost; pushing its paths again heals them");

@@ -17,6 +17,9 @@ use crate::mint::Mint;
 /// How long an upload counts, in milliseconds of the bucket's clock.
 const LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
 
+/// Uploads of one name that are looked at: whoever sends the same NAR again and again makes no work for others.
+const FOUND_MAX: usize = 16;
+
 /// The name under which a client uploads a NAR: the hash of the bytes it sends, and how it compressed them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct UploadName {
@@ -52,46 +55,33 @@ impl Uploads {
         self.bucket.put_new(&key, upload.encode()).await.map(|_| ())
     }
 
-    /// The newest upload of this name that still counts and is `sound`; if none is, the newest that counts. Where content
-    /// was lost and sent again, ids alone do not say which is which: two servers' clocks may differ by minutes.
-    pub(crate) async fn find(
-        &self,
-        cache: CacheId,
-        name: &UploadName,
-        sound: impl Fn(&UploadDocument) -> bool,
-    ) -> Result<Option<UploadDocument>, Error> {
-        self.newest(cache, name, LIFETIME_MS, sound).await
+    /// The uploads of this name that still count, newest first.
+    ///
+    /// # Errors
+    /// `Corrupt` where there are some and none can be read.
+    pub(crate) async fn find(&self, cache: CacheId, name: &UploadName) -> Result<Vec<UploadDocument>, Error> {
+        self.younger(cache, name, LIFETIME_MS).await
     }
 
     /// Makes an upload that still counts do so for at least half its lifetime more: whoever is told that it is there
     /// relies on it.
     pub(crate) async fn renew(&self, cache: CacheId, name: &UploadName, upload: &UploadDocument) -> Result<(), Error> {
-        match self.newest(cache, name, LIFETIME_MS / 2, |found| found == upload).await? {
-            Some(found) if found == *upload => Ok(()),
-            _ => self.keep(cache, name, upload).await,
-        }
+        let young = match self.younger(cache, name, LIFETIME_MS / 2).await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => Vec::new(),
+            young => young?,
+        };
+        if young.contains(upload) { Ok(()) } else { self.keep(cache, name, upload).await }
     }
 
-    async fn newest(
-        &self,
-        cache: CacheId,
-        name: &UploadName,
-        age_ms: u64,
-        sound: impl Fn(&UploadDocument) -> bool,
-    ) -> Result<Option<UploadDocument>, Error> {
+    async fn younger(&self, cache: CacheId, name: &UploadName, age_ms: u64) -> Result<Vec<UploadDocument>, Error> {
         let prefix = keys::uploads(&cache, &name.file_hash);
         let oldest_ms = self.mint.now_ms().saturating_sub(age_ms);
-        let (mut unsound, mut damaged) = (None, None);
-        for object in self.bucket.list(&prefix, None).await?.into_iter().rev() {
-            if object.modified_ms < oldest_ms {
-                continue;
-            }
+        let (mut read, mut damaged) = (Vec::new(), None);
+        let listed = self.bucket.list(&prefix, None).await?;
+        for object in listed.into_iter().rev().filter(|object| object.modified_ms >= oldest_ms).take(FOUND_MAX) {
             let Some(bytes) = found(self.bucket.get(&object.key).await)? else { continue };
             match decode_document(&object.key, &bytes) {
-                Ok(document) if sound(&document) => return Ok(Some(document)),
-                Ok(document) => {
-                    unsound.get_or_insert(document);
-                }
+                Ok(document) => read.push(document),
                 // Another upload of the same bytes is as good.
                 Err(error) => {
                     tracing::error!(key = object.key, error = error.chain(), "upload left out");
@@ -99,9 +89,9 @@ impl Uploads {
                 }
             }
         }
-        match (unsound, damaged) {
-            (None, Some(error)) => Err(error),
-            (unsound, _) => Ok(unsound),
+        match damaged {
+            Some(error) if read.is_empty() => Err(error),
+            _ => Ok(read),
         }
     }
 

@@ -24,6 +24,7 @@ pub mod cache_info;
 pub mod compression;
 pub mod content_address;
 pub mod hash;
+pub mod hash_modulo;
 pub mod listing;
 pub mod narinfo;
 pub mod realisation;

@@ -135,7 +135,7 @@ pub(super) fn io_cause(error: &object_store::Error) -> Option<&std::io::Error> {
     None
 }
 
-fn timed_out(operation: &'static str, limit: Duration) -> object_store::Error {
+pub(super) fn timed_out(operation: &'static str, limit: Duration) -> object_store::Error {
     object_store::Error::Generic {
         store: "bucket",
         source: format!("{operation}: no answer within {} ms", limit.as_millis()).into(),

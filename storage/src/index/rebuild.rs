@@ -1,7 +1,7 @@
 //! The index from nothing: segments of the bucket, then the footers of packs that no segment covers.
 
 use std::collections::HashSet;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use futures::{StreamExt, TryStreamExt};
 use narlake_format::id::SegmentId;
@@ -22,7 +22,7 @@ const PARALLEL: usize = 16;
 const PROGRESS_PACKS: usize = 500;
 
 impl Index {
-    pub(super) async fn rebuild(&self) -> Result<(), Error> {
+    pub(super) async fn rebuild(self: &Arc<Self>) -> Result<(), Error> {
         // Packs before segments: a segment written in between then covers packs that are read twice, never too few.
         let packs: Vec<(PackRef, ObjectInfo)> = self
             .bucket
@@ -40,13 +40,22 @@ impl Index {
             }
         }
         let covered = self.load_segments().await?;
+        {
+            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+            tables.lost = covered.difference(&tables.packs).copied().collect();
+        }
         self.forget_lost_packs(&packs)?;
         let uncovered: Vec<_> = packs.into_iter().filter(|(pack, _)| !covered.contains(pack)).collect();
-        let total = uncovered.len();
-        if total > 0 {
-            tracing::info!(packs = total, "reading the footers of packs that no segment covers");
+        if !uncovered.is_empty() {
+            tracing::info!(packs = uncovered.len(), "reading the footers of packs that no segment covers");
         }
-        let mut footers = futures::stream::iter(uncovered)
+        self.take_in(uncovered).await
+    }
+
+    /// Reads the footers of these packs and enters what they hold.
+    pub(super) async fn take_in(self: &Arc<Self>, packs: Vec<(PackRef, ObjectInfo)>) -> Result<(), Error> {
+        let total = packs.len();
+        let mut footers = futures::stream::iter(packs)
             .map(|(pack, object)| async move { (pack, object.size, footer_of(&self.bucket, &object).await) })
             .buffer_unordered(PARALLEL)
             .enumerate();
@@ -57,11 +66,12 @@ impl Index {
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => {
                     self.metrics.verification_failures.inc();
                     tracing::error!(pack = %keys::pack(&pack), error = error.chain(), "pack left out of the index");
+                    self.forget_pack(&pack);
                 }
                 Err(error) => return Err(error),
             }
             if (done + 1) % PROGRESS_PACKS == 0 {
-                tracing::info!(done = done + 1, total, "rebuilding the index");
+                tracing::info!(done = done + 1, total, "taking in packs");
             }
             self.flush_full().await?;
         }
@@ -111,7 +121,8 @@ impl Index {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        match self.load(id, &bytes) {
+        let loaded = self.keep(id, &bytes).and_then(|()| self.map(id));
+        match loaded {
             Ok(segment) => Ok(Some(segment)),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
                 tracing::error!(segment = %id, error = error.chain(), "segment left out of the index");

@@ -76,7 +76,7 @@ impl Cutter {
         while let Some(bytes) = input.blocking_recv() {
             reader.feed(&bytes, &mut |event| self.event(event))?;
             if reader.offset() > self.nar_size_max {
-                return Err(Error::TooLarge { what: "NAR", limit: self.nar_size_max });
+                return Err(Error::TooLarge { what: "NAR", limit: self.nar_size_max, unit: "bytes" });
             }
         }
         reader.finish()?;

@@ -57,7 +57,6 @@ impl Lake {
             metrics.index_rebuilds.inc();
         }
         let index = Index::open(&settings.state_dir, bucket.clone(), kv.clone(), mint.clone(), metrics.clone()).await?;
-        let index = Arc::new(index);
         let seal_after = settings.seal_after;
         let writer = PackWriter::new(bucket.clone(), Arc::clone(&index), mint.clone(), metrics.clone(), seal_after);
         let intake = Intake {

@@ -173,7 +173,7 @@ async fn a_pack_that_moved() {
     let content = blobs(4);
     let ids = shelf.put(1, &content);
     let fetcher = fetcher(&shelf);
-    fetcher.locate(BlobKind::Chunk, &ids).await.unwrap();
+    fetcher.locate(&chunks(&ids)).await.unwrap();
     shelf.places.lock().unwrap().clear();
     shelf.put(2, &content);
     shelf.packs.lock().unwrap().remove(&pack(1));
@@ -235,7 +235,7 @@ async fn a_blob_that_is_nowhere() {
     let nowhere = BlobId::from(ChunkId::of(b"nowhere"));
     for result in [
         fetcher.fetch(&chunks(&[ids[0], nowhere])).await.map(|_| ()),
-        fetcher.locate(BlobKind::Chunk, &[ids[0], nowhere]).await,
+        fetcher.locate(&chunks(&[ids[0], nowhere])).await,
     ] {
         let error = result.expect_err("it is nowhere");
         assert!(matches!(error, Error::MissingBlob { id, .. } if id == nowhere), "{error}");

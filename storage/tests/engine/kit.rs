@@ -25,7 +25,7 @@ pub(crate) struct Kit {
     pub(crate) cache: Cache,
     pub(crate) bucket: Bucket,
     pub(crate) key: SecretKey,
-    pub(crate) _state: TempDir,
+    pub(crate) state: TempDir,
 }
 
 pub(crate) fn metrics() -> Metrics {
@@ -58,7 +58,7 @@ impl Kit {
         let state = tempfile::tempdir().unwrap();
         let lake = open(&bucket, state.path(), settings).await.unwrap();
         let cache = lake.default_cache("default", &[key().public()]).await.unwrap();
-        Self { lake, cache, bucket, key: key(), _state: state }
+        Self { lake, cache, bucket, key: key(), state }
     }
 
     pub(crate) async fn ingest(&self, nar: &[u8]) -> Result<Ingested, Error> {

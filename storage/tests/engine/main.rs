@@ -3,6 +3,7 @@
 //! What needs a faulty bucket or a crash is in `storage/sim/tests`.
 
 mod bad_input;
+mod damage;
 mod dedup;
 mod delta;
 mod fetch;

@@ -4,12 +4,14 @@ use narlake_format::id::{CacheId, ConfigId, Ulid};
 use narlake_format::lake::condemned;
 use narlake_format::lake::config::{CacheDocument, Document as _, OnConflict, Visibility};
 use narlake_format::lake::keys;
+use narlake_format::lake::location::PackRef;
 use narlake_format::nix::content_address::ContentAddress;
 use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::hash_modulo::HashModulo;
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::signature::SecretKey;
-use narlake_format::nix::store_path::StoreDir;
-use narlake_sim::Object;
+use narlake_format::nix::store_path::{StoreDir, StorePath};
+use narlake_sim::{Node, Object};
 use narlake_storage::{Error, ErrorKind, Outcome, Rejection, Settings};
 
 use crate::kit::{Kit, directory, file, key, noise, object, path};
@@ -105,20 +107,138 @@ async fn content_addresses() {
     }
 }
 
+/// Rule 4: a push whose packs are about to go is acknowledged with its content in others.
 #[tokio::test(flavor = "multi_thread")]
-async fn condemned_content_is_uploaded_again() {
+async fn condemned_content_is_moved() {
+    let kit = Kit::memory().await;
+    // One whose string table is a blob of its own.
+    let below: Vec<Object> = (0..40).map(|n| sample(&format!("below-{n}-{}", "x".repeat(60)))).collect();
+    for object in &below {
+        kit.push(object).await;
+    }
+    let dir = StoreDir::default();
+    let names: Vec<String> = below.iter().map(|below| below.path.display_in(&dir).to_string()).collect();
+    let tree = directory([("f", file(noise(5, 1_000_000))), ("names", file(names.join(":")))]);
+    let object = object("condemned", &tree, &below.iter().map(|below| &below.path).collect::<Vec<_>>());
+    let ingested = kit.send(&object).await;
+    let condemn = |n: u128, packs: Vec<PackRef>| {
+        let key = format!("{}{}", keys::CONDEMNED, Ulid::from(n));
+        let bucket = kit.bucket.clone();
+        async move { bucket.put_new(&key, condemned::encode(&packs)).await.unwrap() }
+    };
+    condemn(5, ingested.packs.clone()).await;
+    let published = kit.publish(&object).await.unwrap();
+    assert_eq!(published.outcome, Outcome::New);
+    assert!(published.record.inline_table().is_none(), "the table is short");
+    // The collector goes on.
+    for pack in &ingested.packs {
+        kit.bucket.delete(&keys::pack(pack)).await.unwrap();
+    }
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+    let reopened = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    assert!(reopened.nar(&object.path.hash).await.unwrap() == object.nar);
+    // Who pushes what is there already relies on it no less.
+    let packs = |objects: Vec<narlake_storage::bucket::ObjectInfo>| {
+        objects.iter().filter_map(|object| keys::parse_pack(&object.key)).collect::<Vec<_>>()
+    };
+    let before = packs(kit.bucket.list(keys::PACKS, None).await.unwrap());
+    condemn(6, before.clone()).await;
+    assert_eq!(kit.publish(&object).await.unwrap().outcome, Outcome::Known);
+    for pack in &before {
+        kit.bucket.delete(&keys::pack(pack)).await.unwrap();
+    }
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// What is condemned when a server starts is no dedup hit, and no answer to whoever asks what needs no upload.
+#[tokio::test(flavor = "multi_thread")]
+async fn condemned_content_is_not_relied_on() {
     let kit = Kit::memory().await;
     let object = sample("condemned");
     let ingested = kit.send(&object).await;
-    kit.bucket
-        .put_new(&format!("{}{}", keys::CONDEMNED, Ulid::from(5)), condemned::encode(&ingested.packs))
-        .await
-        .unwrap();
-    let error = kit.publish(&object).await.expect_err("its pack is about to go");
+    assert!(kit.lake.has_upload(&kit.cache, &object.upload()).await.unwrap());
+    let key = format!("{}{}", keys::CONDEMNED, Ulid::from(5));
+    kit.bucket.put_new(&key, condemned::encode(&ingested.packs)).await.unwrap();
+    let kit = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    assert!(!kit.lake.has_upload(&kit.cache, &object.upload()).await.unwrap());
+    let error = kit.publish(&object).await.expect_err("its upload counts no more");
     assert!(matches!(error, Error::Rejected { reason: Rejection::Condemned, .. }), "{}", error.chain());
     assert_eq!(error.kind(), ErrorKind::Conflict);
+    let again = kit.send(&object).await;
+    assert_eq!(again.stats.chunks_known, 0);
+    assert!(again.packs.iter().all(|pack| !ingested.packs.contains(pack)));
+    kit.publish(&object).await.unwrap();
+}
+
+/// A batch of condemnations that cannot be read leaves open what is safe to rely on: nothing is acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn condemnations_that_cannot_be_read() {
+    let kit = Kit::memory().await;
+    let key = format!("{}{}", keys::CONDEMNED, Ulid::from(5));
+    kit.bucket.put_new(&key, b"public/\n".to_vec()).await.unwrap();
+    let object = sample("unknown");
+    kit.send(&object).await;
+    let error = kit.publish(&object).await.expect_err("who knows");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.chain().contains(&key), "{}", error.chain());
+    Kit::over(kit.bucket.clone(), Settings::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signatures_of_others_are_bounded() {
+    let kit = Kit::memory().await;
+    let object = sample("signed");
+    let dir = StoreDir::default();
+    let signed = |names: std::ops::Range<u32>| {
+        let mut info = object.info();
+        for n in names {
+            info.sign(&dir, &SecretKey::generate(&format!("other-{n}"), [9; 32]).unwrap());
+        }
+        info
+    };
+    kit.send(&object).await;
+    let error = kit.lake.publish(&kit.cache, signed(0..65), &[key()]).await.expect_err("too many");
+    assert!(matches!(error, Error::Rejected { reason: Rejection::Signatures(65, 64), .. }), "{}", error.chain());
+    kit.lake.publish(&kit.cache, signed(0..40), &[key()]).await.unwrap();
+    // They add up, to no more than the limit; the path stays readable.
+    let published = kit.lake.publish(&kit.cache, signed(40..100), &[key()]).await.unwrap();
+    assert_eq!(published.record.info().signatures.len(), 64);
     let reopened = Kit::over(kit.bucket.clone(), Settings::default()).await;
-    assert!(reopened.lake.lookup(&reopened.cache, &object.path.hash).await.unwrap().is_none(), "refused, and visible");
+    assert!(reopened.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// A path that names itself is addressed by its content with that name left out.
+#[tokio::test(flavor = "multi_thread")]
+async fn content_addresses_with_a_reference_to_itself() {
+    let kit = Kit::memory().await;
+    let dir = StoreDir::default();
+    let name = "self".parse().unwrap();
+    let tree = |own: &str| {
+        directory([("bin", file(format!("#!{own}/sh\n{own}"))), ("link", Node::Symlink(own.as_bytes().to_vec()))])
+    };
+    let hash_of = |own: &StorePath| {
+        let mut hash = HashModulo::new(&own.hash.to_ascii());
+        hash.update(&tree(&own.display_in(&dir).to_string()).nar());
+        hash.finish().unwrap()
+    };
+    // Whatever the name, the digest is the same; so the path follows from it.
+    let ca = ContentAddress::NixArchive(hash_of(&path("self")));
+    let own = ca.store_path(&dir, &name, &[], true).unwrap();
+    assert_eq!(hash_of(&own), hash_of(&path("self")));
+    let publish = async |content: &str, ca: ContentAddress| {
+        let own = ca.store_path(&dir, &name, &[], true).unwrap();
+        let nar = tree(content).nar();
+        let object = Object { path: own.clone(), nar, references: vec![own] };
+        kit.send(&object).await;
+        let mut info = object.info();
+        info.ca = Some(ca);
+        kit.lake.publish(&kit.cache, info, &[key()]).await
+    };
+    publish(&own.display_in(&dir).to_string(), ca).await.unwrap();
+    // The path is that of the address, the content is another's.
+    let forged = ContentAddress::NixArchive(Sha256Hash::of(b"something else"));
+    let error = publish("/bin", forged).await.expect_err("it is not what its address says");
+    assert!(matches!(error, Error::Rejected { reason: Rejection::ContentAddress(_), .. }), "{}", error.chain());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,16 +7,20 @@
 //! X-Narlake-Strings: <TableId, hex>
 //! X-Narlake-Table: <the string table, base64>       only where it is short
 //! X-Narlake-Sig: <key name>:<base64>                 any number
+//! X-Narlake-Checksum: <16 hexadecimal digits>        the last line, over all before it
 //! ```
 //!
 //! Nix's signatures cover the NAR as a whole. Ours cover, besides Nix's own fingerprint, the manifest and the table,
 //! under which everything hangs by BLAKE3 ids: that is what lets a reader verify a single page of a path of which it
-//! has fetched nothing else. A record is written by us alone, from parsed fields, and has one spelling.
+//! has fetched nothing else. No signature covers Deriver, CA and the signatures of others, so that a bit that flips in
+//! them is seen, a record ends in a checksum: the first eight bytes of a digest of its text up to there. A record is
+//! written by us alone, from parsed fields, and has one spelling.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::strings::StringTable;
+use super::wire::digest;
 use crate::error::FormatError;
 use crate::id::{ManifestId, TableId};
 use crate::limits::{SIGNATURES_MAX, TABLE_INLINE_MAX};
@@ -29,6 +33,9 @@ const MANIFEST: &str = "X-Narlake-Manifest";
 const STRINGS: &str = "X-Narlake-Strings";
 const TABLE: &str = "X-Narlake-Table";
 const SIG: &str = "X-Narlake-Sig";
+const CHECKSUM: &str = "X-Narlake-Checksum";
+
+const CHECKSUM_CONTEXT: &str = "narlake 2026-11 v1 path record";
 
 /// What a cache says about one store path.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -134,7 +141,9 @@ impl PathRecord {
             info.extra.push((TABLE.into(), BASE64.encode(table.encode())));
         }
         info.extra.extend(self.lake_signatures.iter().map(|signature| (SIG.into(), signature.to_string())));
-        info.to_text(dir)
+        let text = info.to_text(dir);
+        let checksum = checksum(&text);
+        text + &checksum
     }
 
     /// Reads a record, refusing any text that `to_text` would not write.
@@ -143,6 +152,10 @@ impl PathRecord {
     /// When the text is not a record.
     pub fn parse(dir: &StoreDir, text: &[u8]) -> Result<Self, RecordError> {
         let mut info = NarInfo::parse(dir, text)?;
+        if info.extra.pop().is_none_or(|(name, _)| name != CHECKSUM) {
+            return Err(RecordError::Missing { field: CHECKSUM });
+        }
+        check(text)?;
         let mut fields = Fields::default();
         for (name, value) in std::mem::take(&mut info.extra) {
             fields.take(&name, &value)?;
@@ -233,6 +246,21 @@ impl Fields {
             _ => Err(RecordError::Unknown { name: name.into() }),
         }
     }
+}
+
+/// The last line, over the text of those before it.
+fn checksum(text: &str) -> String {
+    let [a, b, c, d, e, f, g, h, ..] = digest(CHECKSUM_CONTEXT, &[text.as_bytes()]);
+    format!("{CHECKSUM}: {:016x}\n", u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+}
+
+/// Checks a text that ends in such a line.
+fn check(text: &[u8]) -> Result<(), RecordError> {
+    let text = str::from_utf8(text).unwrap_or_default();
+    let start = text.rfind(CHECKSUM).unwrap_or_default();
+    let (body, line) = text.split_at_checked(start).unwrap_or_default();
+    let source = FormatError::Checksum { field: CHECKSUM, offset: start as u64 };
+    if checksum(body) == line { Ok(()) } else { Err(RecordError::Field { field: CHECKSUM, source }) }
 }
 
 fn once<T>(field: &'static str, slot: &mut Option<T>, value: Result<T, FormatError>) -> Result<(), RecordError> {

@@ -85,8 +85,9 @@ fn the_signature_covers_all_that_matters() {
 #[test]
 fn refusals() {
     let record = example(&table(&[STRING]));
-    let good = record.to_text(&dir());
-    assert_eq!(PathRecord::parse(&dir(), good.as_bytes()), Ok(record));
+    let whole = record.to_text(&dir());
+    assert_eq!(PathRecord::parse(&dir(), whole.as_bytes()), Ok(record));
+    let good = body(&whole);
     let line = |name: &str| good.lines().find(|line| line.starts_with(name)).expect("a line").to_owned() + "\n";
     let (manifest, strings, inline, sig) = (line(MANIFEST), line(STRINGS), line(TABLE), line(SIG));
     let other_table = format!("{TABLE}: {}\n", BASE64.encode(StringTable::default().encode()));
@@ -109,11 +110,28 @@ fn refusals() {
     ];
     for (what, text) in refused {
         assert_ne!(text, good, "{what}");
+        // Not for its checksum.
+        let text = text.clone() + &checksum(&text);
+        assert!(PathRecord::parse(&dir(), text.as_bytes()).is_err(), "{what}");
+    }
+    let sum = checksum(good);
+    for (what, text) in [
+        ("no checksum", good.to_owned()),
+        ("two checksums", format!("{whole}{sum}")),
+        ("lines behind it", format!("{whole}X-Narlake-More: 1\n")),
+        ("that of another text", format!("{good}{}", checksum(&whole))),
+    ] {
         assert!(PathRecord::parse(&dir(), text.as_bytes()).is_err(), "{what}");
     }
     let long = format!("{TABLE}: {}\n", BASE64.encode(long_table().encode()));
     let long = good.replace(&inline, &long).replace(&strings, &format!("{STRINGS}: {}\n", long_table().id()));
+    let long = long.clone() + &checksum(&long);
     assert!(PathRecord::parse(&dir(), long.as_bytes()).is_err(), "a long table inline");
+}
+
+/// A record's text without its checksum.
+fn body(text: &str) -> &str {
+    text.split_at(text.rfind(CHECKSUM).expect("a checksum")).0
 }
 
 proptest! {
@@ -127,14 +145,27 @@ proptest! {
         prop_assert_eq!(PathRecord::parse(&dir(), record.to_text(&dir()).as_bytes()), Ok(record));
     }
 
-    /// What is read is what would be written.
+    /// No byte of it may change, whether a signature covers it or not.
     #[test]
-    fn one_spelling(at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()) {
+    fn flipped_bits_and_cuts(at in any::<prop::sample::Index>(), bit in 0..8u8, cut in any::<bool>()) {
         let mut text = example(&table(&[STRING])).to_text(&dir()).into_bytes();
         let at = at.index(text.len());
-        if cut { text.truncate(at) } else { text[at] = byte }
-        if let Ok(record) = PathRecord::parse(&dir(), &text) {
-            prop_assert_eq!(record.to_text(&dir()).into_bytes(), text);
+        if cut { text.truncate(at) } else { text[at] ^= 1 << bit }
+        prop_assert!(PathRecord::parse(&dir(), &text).is_err());
+    }
+
+    /// What is read is what would be written.
+    #[test]
+    fn one_spelling(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+        let whole = example(&table(&[STRING])).to_text(&dir());
+        let mut text = body(&whole).as_bytes().to_vec();
+        let at = at.index(text.len());
+        text[at] = byte;
+        if let Ok(text) = String::from_utf8(text) {
+            let text = text.clone() + &checksum(&text);
+            if let Ok(record) = PathRecord::parse(&dir(), text.as_bytes()) {
+                prop_assert_eq!(record.to_text(&dir()), text);
+            }
         }
     }
 }

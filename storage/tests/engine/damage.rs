@@ -1,0 +1,145 @@
+//! Content that is harmed, lost, away for a while, or only another server's.
+
+use narlake_format::id::BlobId;
+use narlake_format::lake::keys;
+use narlake_sim::{Object, Objects};
+use narlake_storage::{ErrorKind, Settings};
+
+use crate::kit::{Kit, directory, file, noise, object, path};
+
+/// Puts other bytes in an object's place.
+async fn replace(kit: &Kit, key: &str, bytes: Vec<u8>) {
+    kit.bucket.delete(key).await.unwrap();
+    kit.bucket.put_new(key, bytes).await.unwrap();
+}
+
+/// One whose string table is too long for its record.
+async fn with_a_long_table(kit: &Kit) -> Object {
+    let below: Vec<Object> =
+        (0..60).map(|n| object(&format!("below-{n}-{}", "x".repeat(60)), &file("leaf"), &[])).collect();
+    for object in &below {
+        kit.push(object).await;
+    }
+    let names: Vec<String> = below.iter().map(|below| format!("/nix/store/{}", below.path)).collect();
+    let tree = directory([("f", file(noise(5, 300_000))), ("names", file(names.join(":")))]);
+    object("long", &tree, &below.iter().map(|below| &below.path).collect::<Vec<_>>())
+}
+
+/// A string table that is a blob of its own is content like any other: a path without it is not called whole, and
+/// sending the NAR again brings it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_string_table_does_not_verify() {
+    let kit = Kit::memory().await;
+    let object = with_a_long_table(&kit).await;
+    let record = kit.push(&object).await.record;
+    assert!(record.inline_table().is_none(), "the table is short");
+    let table: BlobId = record.table().into();
+    let place = kit.lake.locate(&kit.cache.domain(), &[table]).await.unwrap()[0].expect("it has a place");
+    let key = keys::pack(&place.pack);
+    let mut bytes = kit.bucket.get(&key).await.unwrap().to_vec();
+    bytes[place.frame_offset as usize + place.frame_length as usize / 2] ^= 1;
+    replace(&kit, &key, bytes).await;
+    // A server that has read nothing of it yet.
+    let kit = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    let record = kit.lake.lookup(&kit.cache, &object.path.hash).await.unwrap().unwrap();
+    assert!(kit.lake.check_complete(&kit.cache, &record).await.is_err(), "called complete");
+    assert!(!kit.lake.has_upload(&kit.cache, &object.upload()).await.unwrap(), "called whole");
+    assert!(!kit.lake.is_sound(&kit.cache, &record).await.unwrap(), "called sound");
+    kit.push(&object).await;
+    assert!(kit.lake.is_sound(&kit.cache, &record).await.unwrap());
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// The same where the pack that holds it is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_string_table_is_lost() {
+    let kit = Kit::memory().await;
+    let object = with_a_long_table(&kit).await;
+    let record = kit.push(&object).await.record;
+    let table: BlobId = record.table().into();
+    let place = kit.lake.locate(&kit.cache.domain(), &[table]).await.unwrap()[0].expect("it has a place");
+    kit.bucket.delete(&keys::pack(&place.pack)).await.unwrap();
+    let kit = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    let error = kit.nar(&object.path.hash).await.expect_err("content is lost");
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{}", error.chain());
+    kit.push(&object).await;
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// Where nothing was found wrong, whether a path is sound costs no request at all; where something was, the paths that
+/// lack content are told from those that do not.
+#[tokio::test(flavor = "multi_thread")]
+async fn suspects() {
+    let kit = Kit::memory().await;
+    let good = kit.push(&object("good", &file(noise(1, 10_000)), &[])).await.record;
+    let bad_object = object("bad", &file(noise(2, 10_000)), &[]);
+    let bad = kit.push(&bad_object).await.record;
+    let place = kit.lake.locate(&kit.cache.domain(), &[bad.manifest().into()]).await.unwrap()[0].unwrap();
+    kit.bucket.delete(&keys::pack(&place.pack)).await.unwrap();
+    assert!(kit.lake.is_sound(&kit.cache, &bad).await.unwrap(), "nobody has noticed");
+    let fresh = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    fresh.nar(&bad_object.path.hash).await.expect_err("its content is lost");
+    kit.nar(&bad_object.path.hash).await.expect_err("its content is lost");
+    assert!(!kit.lake.is_sound(&kit.cache, &bad).await.unwrap());
+    assert!(kit.lake.is_sound(&kit.cache, &good).await.unwrap());
+}
+
+/// A bucket that denies for a while what it has is believed again when it lists it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pack_was_away() {
+    let kit = Kit::memory().await;
+    let object = Objects::new(9).object(&[]);
+    kit.push(&object).await;
+    let mut away = Vec::new();
+    for pack in kit.bucket.list(keys::PACKS, None).await.unwrap() {
+        away.push((pack.key.clone(), kit.bucket.get(&pack.key).await.unwrap()));
+        kit.bucket.delete(&pack.key).await.unwrap();
+    }
+    let error = kit.nar(&object.path.hash).await.expect_err("its content is away");
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{}", error.chain());
+    for (key, bytes) in away {
+        kit.bucket.put_new(&key, bytes).await.unwrap();
+    }
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// Two servers on one bucket, each of which learns of the other's packs only when it misses something.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_servers_content() {
+    let one = Kit::memory().await;
+    let other = Kit::over(one.bucket.clone(), Settings::default()).await;
+    let object = object("far", &directory([("f", file(noise(1, 400_000)))]), &[]);
+    one.push(&object).await;
+    assert!(other.nar(&object.path.hash).await.unwrap() == object.nar);
+    // The NAR goes to the one, the narinfo to the other.
+    let split =
+        Object { path: path("split"), nar: file(noise(2, 400_000)).nar(), references: vec![object.path.clone()] };
+    one.send(&split).await;
+    assert!(other.lake.has_upload(&other.cache, &split.upload()).await.unwrap());
+    other.publish(&split).await.unwrap();
+    for kit in [&one, &other] {
+        assert!(kit.nar(&split.path.hash).await.unwrap() == split.nar);
+    }
+}
+
+/// While segments cannot be written to a full or broken disk, none go to the bucket in vain, and nothing is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_place_for_segments() {
+    let kit = Kit::memory().await;
+    let object = Objects::new(10).object(&[]);
+    kit.push(&object).await;
+    let segments = kit.state.path().join("segments");
+    std::fs::remove_dir_all(&segments).unwrap();
+    std::fs::write(&segments, b"in the way").unwrap();
+    for _ in 0..2 {
+        let error = kit.lake.close().await.expect_err("there is no place");
+        assert!(error.chain().contains("segments"), "{}", error.chain());
+    }
+    assert!(kit.bucket.list(keys::SEGMENTS, None).await.unwrap().is_empty());
+    std::fs::remove_file(&segments).unwrap();
+    std::fs::create_dir(&segments).unwrap();
+    let (first, second) = tokio::join!(kit.lake.close(), kit.lake.close());
+    first.and(second).unwrap();
+    assert_eq!(kit.bucket.list(keys::SEGMENTS, None).await.unwrap().len(), 1, "the same blobs twice");
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
