@@ -107,9 +107,7 @@ impl Stretch {
         self.bytes += match &event {
             ManifestEvent::Patch(_) => size_of::<Patch>(),
             ManifestEvent::Entry { name } => size_of::<Step>() + name.len(),
-            ManifestEvent::Symlink { target, patches } => {
-                size_of::<Step>() + target.len() + size_of_val(*patches)
-            }
+            ManifestEvent::Symlink { target, patches } => size_of::<Step>() + target.len() + size_of_val(*patches),
             ManifestEvent::Chunk { length, .. } => size_of::<Step>() + *length as usize,
             _ => size_of::<Step>(),
         };

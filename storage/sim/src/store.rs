@@ -132,6 +132,15 @@ impl FaultStore {
         .expect("memory writes");
     }
 
+    /// Puts an object behind the engine's back, whatever else goes wrong.
+    ///
+    /// # Panics
+    /// Where the key is none.
+    pub async fn set(&self, key: &str, bytes: impl Into<PutPayload>) {
+        let at = Path::parse(key).expect("a valid key");
+        self.contents.memory.put(&at, bytes.into()).await.expect("memory writes");
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

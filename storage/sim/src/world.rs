@@ -11,7 +11,6 @@ use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::StorePathHash;
 
 use narlake_storage::{Bucket, Cache, Components, Error, ErrorKind, Ingested, Lake, Metrics, Published, Settings};
-use object_store::path::Path;
 use object_store::{ObjectStore as _, ObjectStoreExt as _};
 use tempfile::TempDir;
 
@@ -243,8 +242,7 @@ impl World {
     /// # Panics
     /// Where the key is none.
     pub fn set(&self, key: &str, bytes: Bytes) {
-        let at = Path::parse(key).expect("a valid key");
-        futures::executor::block_on(self.contents.memory.put(&at, bytes.into())).expect("memory writes");
+        futures::executor::block_on(FaultStore::new(self.contents.clone(), Plan::Calm).set(key, bytes));
     }
 }
 

@@ -102,11 +102,24 @@ impl Lake {
         Ok(())
     }
 
-    /// The public cache of this name, made if it is not there, believing these keys beside those it believed before.
+    /// The public cache of this name, made if it is not there, whose records are signed with these keys.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that is none, `Unusable` where the cache has keys and one of these is not among them, the
+    /// bucket's own otherwise.
+    pub async fn default_cache(&self, name: &str, keys: &[PublicKey]) -> Result<Cache, Error> {
+        self.cache_with(name, keys, Unknown::Refuse).await
+    }
+
+    /// As [`Lake::default_cache`], but keys that the cache does not have yet become its own: an operator wants that.
     ///
     /// # Errors
     /// `Invalid` for a name that is none, the bucket's own otherwise.
-    pub async fn default_cache(&self, name: &str, keys: &[PublicKey]) -> Result<Cache, Error> {
+    pub async fn default_cache_adding(&self, name: &str, keys: &[PublicKey]) -> Result<Cache, Error> {
+        self.cache_with(name, keys, Unknown::Add).await
+    }
+
+    async fn cache_with(&self, name: &str, keys: &[PublicKey], unknown: Unknown) -> Result<Cache, Error> {
         let name: CacheName =
             name.parse().map_err(|source| Error::Format { key: format!("cache name {name:?}"), source })?;
         let found = self.cache_named(&name).await?;
@@ -114,21 +127,23 @@ impl Lake {
             Some(cache) => (cache.id, CacheDocument::clone(&cache.document)),
             None => (CacheId(self.inner.mint.ulid()), CacheDocument::new(name.clone(), Visibility::Public)),
         };
-        let known = document.public_keys.len();
-        document
-            .public_keys
-            .extend(keys.iter().filter(|key| !document.public_keys.contains(key)).cloned().collect::<Vec<_>>());
-        if let Some(cache) = found
-            && known == document.public_keys.len()
-        {
-            return Ok(cache);
+        let new: Vec<PublicKey> = keys.iter().filter(|key| !document.public_keys.contains(key)).cloned().collect();
+        if let Some(cache) = found {
+            let Some(key) = new.first() else { return Ok(cache) };
+            if unknown == Unknown::Refuse && !document.public_keys.is_empty() {
+                let (key, known) = (key.name(), names(&document.public_keys));
+                return Err(Error::Unusable(format!(
+                    "its cache {name} is signed with {known}, of which {key}, this server's, is none"
+                )));
+            }
         }
+        document.public_keys.extend(new);
         let key = keys::config(&id, &ConfigId(self.inner.mint.ulid()));
         self.inner.bucket.put_new(&key, document.encode()).await?;
         // Two servers that start at once agree on the older one.
         let made = Cache { id, document: Arc::new(document) };
         match self.cache_named(&name).await? {
-            Some(first) if first.id != id => Box::pin(self.default_cache(name.as_str(), keys)).await,
+            Some(first) if first.id != id => Box::pin(self.cache_with(name.as_str(), keys, unknown)).await,
             _ => Ok(made),
         }
     }
@@ -161,6 +176,19 @@ impl Lake {
         caches.sort_by_key(|cache| cache.id);
         Ok(caches)
     }
+}
+
+/// What becomes of a key that a cache does not have yet (docs/consistency.md, rule 21).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// It becomes one.
+    Add,
+    /// Clients trust other keys, and readers would not believe what it signs.
+    Refuse,
+}
+
+fn names(keys: &[PublicKey]) -> String {
+    keys.iter().map(PublicKey::name).collect::<Vec<_>>().join(", ")
 }
 
 /// Folders that only a lake has. To make a second lake beside what is left of one would be to lose what that holds.

@@ -11,5 +11,6 @@ mod kit;
 mod local;
 mod publish;
 mod round_trip;
+mod silence;
 mod state;
 mod upload;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use narlake_format::nix::signature::SecretKey;
 use narlake_sim::Objects;
 use narlake_storage::{Bucket, Settings};
 
@@ -48,6 +49,20 @@ async fn of_another_lake() {
     assert_eq!(ingested.stats.chunks_known, 0);
     kit.publish(&object).await.unwrap();
     assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// Rule 21: a server that made itself a key does not sign in a cache that is signed with others, unless told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_of_its_own() {
+    let kit = Kit::memory().await;
+    let own = SecretKey::generate("own-1", [2; 32]).unwrap().public();
+    let error = kit.lake.default_cache("default", &[own.clone()]).await.expect_err("not one of its keys");
+    assert!(error.to_string().contains("signed with kit-1, of which own-1"), "{error}");
+    let cache = kit.lake.default_cache_adding("default", &[own.clone()]).await.unwrap();
+    assert_eq!((cache.id(), cache.public_keys()), (kit.cache.id(), &[key().public(), own.clone()][..]));
+    // From then on it is one of them, everywhere.
+    let other = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    assert_eq!(other.lake.default_cache("default", &[own]).await.unwrap().id(), kit.cache.id());
 }
 
 fn empty(_: &[u8]) -> Vec<u8> {

@@ -1,7 +1,7 @@
-//! object_store's own conformance suite over our stack of decorators, on every backend that there is.
-//!
-//! S3 runs where `NARLAKE_TEST_S3_ENDPOINT`, `NARLAKE_TEST_S3_BUCKET`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`
-//! name a server; each test then works under a prefix of its own.
+//! object_store's own conformance suite over our stack of decorators, on every backend that there is: memory, a
+//! directory, and a real S3 service.
+
+mod seaweedfs;
 
 use std::sync::Arc;
 
@@ -9,7 +9,6 @@ use futures::TryStreamExt;
 use narlake_storage::Metrics;
 use narlake_storage::bucket::meter::Meter;
 use narlake_storage::bucket::retry::{Retry, RetrySettings};
-use object_store::aws::AmazonS3Builder;
 use object_store::integration as suite;
 use object_store::limit::LimitStore;
 use object_store::local::LocalFileSystem;
@@ -18,6 +17,8 @@ use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use prometheus::Registry;
+
+use self::seaweedfs::SeaweedFs;
 
 type Backend = Arc<dyn ObjectStore>;
 
@@ -90,25 +91,9 @@ async fn local_directory() {
 
 #[tokio::test]
 async fn s3() {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let (Some(endpoint), Some(bucket)) = (variable("NARLAKE_TEST_S3_ENDPOINT"), variable("NARLAKE_TEST_S3_BUCKET"))
-    else {
-        eprintln!("SKIP: conformance::s3: NARLAKE_TEST_S3_ENDPOINT and NARLAKE_TEST_S3_BUCKET name no server");
-        return;
-    };
-    let server = AmazonS3Builder::from_env()
-        .with_endpoint(&endpoint)
-        .with_allow_http(endpoint.starts_with("http://"))
-        .with_bucket_name(bucket)
-        .with_region("us-east-1")
-        .build()
-        .unwrap();
-    let server: Backend = Arc::new(server);
-    let run = format!("conformance-{}", std::process::id());
-    for object in server.list(Some(&run.as_str().into())).try_collect::<Vec<_>>().await.unwrap() {
-        server.delete(&object.location).await.unwrap();
-    }
-    let make = |name: &str| -> Backend { Arc::new(PrefixStore::new(Arc::clone(&server), format!("{run}/{name}"))) };
+    let service = SeaweedFs::start();
+    let client: Backend = Arc::new(service.client());
+    let make = |name: &str| -> Backend { Arc::new(PrefixStore::new(Arc::clone(&client), name)) };
     check(make, true).await;
     // Of SeaweedFS 4.48 two things are not asked that we do not need: `put_get_delete_list` goes on after names of
     // folders and finds what is in them missing; and we never copy, where its errors differ.
