@@ -10,6 +10,7 @@ use narlake_format::nar::{Event, NarError, Reader, Writer};
 use narlake_format::nix::cache_info::CacheInfo;
 use narlake_format::nix::content_address::ContentAddress;
 use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::hash_modulo::HashModulo;
 use narlake_format::nix::listing::{Listing, ListingWriter, Node};
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::realisation::{Realisation, RealisationKey};
@@ -152,9 +153,14 @@ fn store_paths_follow_from_content() {
     for version in versions() {
         // Text, flat and NAR; SHA-256, SHA-1 and SHA-512; references to others and to itself.
         let (mut kinds, mut itself) = ([0; 4], 0);
-        for (info, _, _) in narinfos(&version) {
+        for (info, _, nar) in narinfos(&version) {
             let Some(ca) = &info.ca else { continue };
             assert!(info.content_address_holds(&dir), "{}", info.store_path);
+            if let ContentAddress::NixArchive(hash) = ca {
+                let mut modulo = HashModulo::new(&info.store_path.hash.to_ascii());
+                modulo.update(&nar);
+                assert_eq!(modulo.finish(), Some(*hash), "{}", info.store_path);
+            }
             let renamed = NarInfo {
                 store_path: format!("{}-other", info.store_path.hash).parse().unwrap(),
                 references: vec![],
