@@ -159,7 +159,7 @@ fn store_paths_follow_from_content() {
             if let ContentAddress::NixArchive(hash) = ca {
                 let mut modulo = HashModulo::new(&info.store_path.hash.to_ascii());
                 modulo.update(&nar);
-                assert_eq!(modulo.finish(), Some(*hash), "{}", info.store_path);
+                assert!(modulo.is(hash), "{}", info.store_path);
             }
             let renamed = NarInfo {
                 store_path: format!("{}-other", info.store_path.hash).parse().unwrap(),

@@ -22,7 +22,7 @@ impl Publication<'_> {
         let own = &self.info.store_path;
         let holds = match ca {
             ContentAddress::NixArchive(hash) if self.info.references.contains(own) => {
-                modulo_hash(nar.await?, &own.hash.to_ascii()).await? == Some(*hash)
+                is_modulo_hash(nar.await?, &own.hash.to_ascii(), hash).await?
             }
             ContentAddress::NixArchive(hash) => *hash == self.info.nar_hash,
             ContentAddress::Text(hash) | ContentAddress::Flat(hash) => flat_hash(nar.await?).await? == Some(*hash),
@@ -34,17 +34,18 @@ impl Publication<'_> {
     }
 }
 
-/// SHA-256 of a NAR with its own hash part blanked.
-async fn modulo_hash(
+/// Whether this is the address of a NAR that names its own path.
+async fn is_modulo_hash(
     nar: impl Stream<Item = Result<bytes::Bytes, Error>>,
     own: &[u8; STORE_HASH_CHARS],
-) -> Result<Option<Sha256Hash>, Error> {
+    address: &Sha256Hash,
+) -> Result<bool, Error> {
     let mut nar = std::pin::pin!(nar);
     let mut hasher = HashModulo::new(own);
     while let Some(bytes) = nar.next().await {
         hasher.update(&bytes?);
     }
-    Ok(hasher.finish())
+    Ok(hasher.is(address))
 }
 
 /// SHA-256 of the one file that a NAR holds, `None` where it holds something else.

@@ -91,7 +91,7 @@ async fn local_directory() {
 
 #[tokio::test]
 async fn s3() {
-    let service = SeaweedFs::start();
+    let service = SeaweedFs::start().await;
     let client: Backend = Arc::new(service.client());
     let make = |name: &str| -> Backend { Arc::new(PrefixStore::new(Arc::clone(&client), name)) };
     check(make, true).await;

@@ -3,10 +3,11 @@
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use tempfile::TempDir;
+use tokio::time::{Instant, sleep};
 
 const KEY: &str = "conformance";
 const SECRET: &str = "conformance-secret";
@@ -29,7 +30,7 @@ pub(crate) struct SeaweedFs {
 }
 
 impl SeaweedFs {
-    pub(crate) fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the target directory");
         let program = target.join("venv/bin/weed");
         assert!(program.exists(), "{} is missing: run ops/setup tools", program.display());
@@ -56,7 +57,7 @@ impl SeaweedFs {
             .spawn()
             .unwrap();
         let started = Self { process, endpoint: format!("http://127.0.0.1:{s3}"), data };
-        started.make_bucket();
+        started.make_bucket().await;
         started
     }
 
@@ -73,7 +74,7 @@ impl SeaweedFs {
     }
 
     /// Its first requests are refused while it starts.
-    fn make_bucket(&self) {
+    async fn make_bucket(&self) {
         let start = Instant::now();
         loop {
             let made = Command::new("curl")
@@ -87,7 +88,7 @@ impl SeaweedFs {
             }
             let log = || std::fs::read_to_string(self.data.path().join("log")).unwrap_or_default();
             assert!(start.elapsed() < START_LIMIT, "SeaweedFS does not start:\n{}", log());
-            std::thread::sleep(Duration::from_millis(200));
+            sleep(Duration::from_millis(200)).await;
         }
     }
 }

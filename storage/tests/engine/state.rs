@@ -56,9 +56,9 @@ async fn of_another_lake() {
 async fn a_key_of_its_own() {
     let kit = Kit::memory().await;
     let own = SecretKey::generate("own-1", [2; 32]).unwrap().public();
-    let error = kit.lake.default_cache("default", &[own.clone()]).await.expect_err("not one of its keys");
+    let error = kit.lake.default_cache("default", std::slice::from_ref(&own)).await.expect_err("not one of its keys");
     assert!(error.to_string().contains("signed with kit-1, of which own-1"), "{error}");
-    let cache = kit.lake.default_cache_adding("default", &[own.clone()]).await.unwrap();
+    let cache = kit.lake.default_cache_adding("default", std::slice::from_ref(&own)).await.unwrap();
     assert_eq!((cache.id(), cache.public_keys()), (kit.cache.id(), &[key().public(), own.clone()][..]));
     // From then on it is one of them, everywhere.
     let other = Kit::over(kit.bucket.clone(), Settings::default()).await;

@@ -1,15 +1,16 @@
 //! The digest of a NAR that names its own store path: Nix's *hash modulo*.
 //!
 //! A path cannot be named by a digest of content that holds that very name. So the content is hashed with each
-//! occurrence of the path's hash part as zero bytes; behind it, `|<offset>` for each, in decimal, so that content in
-//! which some were zeros from the start hashes differently (`HashModuloSink` in Nix's `references.cc`).
+//! occurrence of the path's hash part as zero bytes. Older Nix hashed `|<offset>` behind it for each occurrence, in decimal,
+//! so that content in which some were zeros from the start differs (`HashModuloSink` in its `references.cc`); 2.26.3 and
+//! 2.34.8 do not. Store paths outlive the Nix that made them: an address of either kind is one.
 
 use memchr::memmem::Finder;
 
 use super::hash::{Sha256Hash, Sha256Hasher};
 use super::store_path::STORE_HASH_CHARS;
 
-/// Occurrences beyond which there is no digest: no real content has a millionth of it, and each takes memory.
+/// Occurrences whose offsets are kept: no real content has a millionth of it, and each takes memory.
 const OCCURRENCES_MAX: usize = 4 << 20;
 
 /// Takes a NAR in and gives its digest.
@@ -37,6 +38,7 @@ impl HashModulo {
         let mut from = 0;
         while let Some(at) = self.held.get(from..).and_then(|rest| self.own.find(rest)) {
             from += at;
+            // One more than the limit says that it was exceeded.
             if self.found.len() <= OCCURRENCES_MAX {
                 self.found.push(self.hashed + from as u64);
             }
@@ -54,14 +56,17 @@ impl HashModulo {
         self.hashed += length as u64;
     }
 
-    /// The digest of all that came; `None` where there were more occurrences than a path has.
+    /// Whether this is an address of what came, in either way.
     #[must_use]
-    pub fn finish(mut self) -> Option<Sha256Hash> {
+    pub fn is(mut self, address: &Sha256Hash) -> bool {
         self.hash(self.held.len());
+        if self.hasher.clone().finish() == *address {
+            return true;
+        }
         for offset in &self.found {
             self.hasher.update(format!("|{offset}").as_bytes());
         }
-        (self.found.len() <= OCCURRENCES_MAX).then(|| self.hasher.finish())
+        self.found.len() <= OCCURRENCES_MAX && self.hasher.finish() == *address
     }
 }
 
@@ -71,29 +76,30 @@ mod tests {
 
     const OWN: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
 
-    fn digest(pieces: &[&[u8]]) -> Option<Sha256Hash> {
+    fn is(pieces: &[&[u8]], hashed: &[u8]) -> bool {
         let mut hash = HashModulo::new(OWN);
         for piece in pieces {
             hash.update(piece);
         }
-        hash.finish()
+        hash.is(&Sha256Hash::of(hashed))
     }
 
     #[test]
-    fn occurrences_are_zeros_and_their_offsets_follow() {
-        assert_eq!(digest(&[]), Some(Sha256Hash::of(b"")));
-        assert_eq!(digest(&[b"plain"]), Some(Sha256Hash::of(b"plain")));
+    fn occurrences_are_zeros_and_their_offsets_may_follow() {
+        assert!(is(&[], b""));
+        assert!(is(&[b"plain"], b"plain"));
+        assert!(!is(&[b"plain"], b"other"));
         let content = [b"ab".as_slice(), OWN, b"-", OWN].concat();
-        let expect = [b"ab".as_slice(), &[0; 32], b"-", &[0; 32], b"|2|35"].concat();
-        assert_eq!(digest(&[&content]), Some(Sha256Hash::of(&expect)));
+        let blank = [b"ab".as_slice(), &[0; 32], b"-", &[0; 32]].concat();
+        let with_offsets = [&blank, b"|2|35".as_slice()].concat();
+        let other_offsets = [&blank, b"|2|36".as_slice()].concat();
         // Wherever the pieces end.
         for (first, second) in (0..=content.len()).map(|at| content.split_at(at)) {
-            assert_eq!(digest(&[first, second]), Some(Sha256Hash::of(&expect)), "{}", first.len());
+            assert!(is(&[first, second], &blank), "{}", first.len());
+            assert!(is(&[first, second], &with_offsets), "{}", first.len());
         }
         let bytes: Vec<&[u8]> = content.chunks(1).collect();
-        assert_eq!(digest(&bytes), Some(Sha256Hash::of(&expect)));
-        // One that was blank from the start is not one that was blanked.
-        let blank = [b"ab".as_slice(), &[0; 32], b"-", OWN].concat();
-        assert_ne!(digest(&[&blank]), digest(&[&content]));
+        assert!(is(&bytes, &blank) && is(&bytes, &with_offsets));
+        assert!(!is(&bytes, &content) && !is(&bytes, &other_offsets));
     }
 }
