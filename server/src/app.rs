@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::Tokens;
 use crate::config::Config;
 use crate::http;
+use crate::http::buffers::Buffers;
 use crate::metrics::Metrics;
 use crate::shutdown::{self, Phase, Signals};
 use crate::signing::Signers;
@@ -86,6 +87,10 @@ impl App {
             tokens,
             limits: config.limits.clone(),
             uploads: Semaphore::new(config.limits.uploads_max),
+            downloads: Arc::new(Semaphore::new(config.limits.downloads_max)),
+            pushes: Buffers::new(config.limits.buffers_bytes_max, config.limits.hold()),
+            answers: Buffers::new(config.limits.buffers_bytes_max, config.limits.wait()),
+            logs: Semaphore::new(http::log::READS_MAX),
             commits: commits.clone(),
             metrics: metrics.clone(),
             run: u32::from_le_bytes(run),

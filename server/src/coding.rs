@@ -26,11 +26,9 @@ const STEP_BYTES: usize = 128 * 1024;
 /// Bytes that may come out of a decoder before the ratio counts: a small NAR of zeros is no attack.
 const EXPANSION_FREE_BYTES: u64 = 64 << 20;
 
-/// Most memory that an xz decoder may take for its dictionary. `xz -9` needs 65 MiB.
-const XZ_MEMORY_MAX: u64 = 128 << 20;
-
-/// Largest window of a zstd stream, as a power of two: 128 MiB, what `zstd --ultra -22` makes, `--long=31` is more.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+/// Most memory that the decoder of a NAR may take for its window or dictionary, in bytes. `xz -9` needs 65 MiB, and
+/// `zstd --ultra -22` makes windows of just this size; those of `--long=31` are larger.
+pub const DECODER_BYTES_MAX: u64 = 128 << 20;
 
 /// A stream of bytes that may break off.
 pub type ByteStream = BoxStream<'static, io::Result<Bytes>>;
@@ -42,6 +40,8 @@ pub struct Bounds {
     pub bytes_max: u64,
     /// Most bytes for each byte that went in, beyond the first 64 MiB.
     pub expansion_max: u64,
+    /// Most memory that the decoder may take for its window or dictionary, in bytes.
+    pub decoder_bytes_max: u64,
 }
 
 /// What is wrong with a compressed stream. It travels inside an [`io::Error`].
@@ -112,11 +112,12 @@ pub fn decode(input: ByteStream, compression: Compression, bounds: Bounds) -> By
         Compression::Brotli => members(codec::BrotliDecoder::new(feed), codec::BrotliDecoder::multiple_members),
         Compression::Bzip2 => members(codec::BzDecoder::new(feed), codec::BzDecoder::multiple_members),
         Compression::Gzip => members(codec::GzipDecoder::new(feed), codec::GzipDecoder::multiple_members),
-        Compression::Xz => {
-            members(codec::XzDecoder::with_mem_limit(feed, XZ_MEMORY_MAX), codec::XzDecoder::multiple_members)
-        }
+        Compression::Xz => members(
+            codec::XzDecoder::with_mem_limit(feed, bounds.decoder_bytes_max),
+            codec::XzDecoder::multiple_members,
+        ),
         Compression::Zstd => members(
-            codec::ZstdDecoder::with_params(feed, &[DParameter::window_log_max(ZSTD_WINDOW_LOG_MAX)]),
+            codec::ZstdDecoder::with_params(feed, &[DParameter::window_log_max(window_log(bounds.decoder_bytes_max))]),
             codec::ZstdDecoder::multiple_members,
         ),
         Compression::None | Compression::Lz4 | Compression::Lzip | Compression::Lzma => {
@@ -132,6 +133,12 @@ pub fn decode(input: ByteStream, compression: Compression, bounds: Bounds) -> By
     });
     let codec = Codec { reader, slot, decodes: Some(compression), output: 0 };
     bound(run(counted.boxed(), codec), Some(received), bounds)
+}
+
+/// The largest window, as a power of two, that a zstd decoder may be asked for.
+fn window_log(bytes_max: u64) -> u32 {
+    // Those are the bounds of zstd itself.
+    bytes_max.max(1).ilog2().clamp(10, 31)
 }
 
 /// Compresses a stream at a level that favours speed: it is done anew for each download.
@@ -301,7 +308,7 @@ fn run(input: ByteStream, codec: Codec) -> ByteStream {
 
 /// Ends a stream with an error once it goes beyond its bounds; `received` counts what a decoder was given.
 fn bound(input: ByteStream, received: Option<Arc<AtomicU64>>, bounds: Bounds) -> ByteStream {
-    let Bounds { bytes_max, expansion_max } = bounds;
+    let Bounds { bytes_max, expansion_max, .. } = bounds;
     let mut output = 0_u64;
     input
         .map(move |item| {

@@ -8,13 +8,16 @@
 //!
 //! docs/configuration.md describes every key; a test compares it with this struct.
 
+mod limits;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use narlake_format::lake::config::{CACHE_NAME_MAX, CacheName};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
+
+pub use self::limits::{BUFFERS_BYTES_MIN, Limits, UPLOADS_MAX};
 
 /// The prefix of this program's environment variables.
 const ENV_PREFIX: &str = "NARLAKE_";
@@ -87,26 +90,6 @@ pub struct Storage {
     pub cpu_threads: usize,
     /// Longest time that a commit waits for others to share its pack, in milliseconds.
     pub seal_after_ms: u64,
-}
-
-/// Bounds on what clients may ask of the server.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    /// Largest NAR accepted, uncompressed, in bytes.
-    pub nar_bytes_max: u64,
-    /// Most bytes that one received byte may decompress to, beyond the first 64 MiB.
-    pub expansion_max: u64,
-    /// Uploads of NARs under way at once; further ones are held, not refused.
-    pub uploads_max: usize,
-    /// Connections open at once; further ones wait to be accepted.
-    pub connections_max: usize,
-    /// Longest time for a request's head to arrive, and for a connection to be idle, in seconds.
-    pub header_timeout_s: u64,
-    /// Longest time without a byte of a body, in either direction, in seconds.
-    pub body_idle_timeout_s: u64,
-    /// Longest time that requests under way have to end when the server is told to stop, in seconds.
-    pub drain_s: u64,
 }
 
 /// Who may push.
@@ -192,22 +175,6 @@ impl Default for Cache {
 impl Default for Storage {
     fn default() -> Self {
         Self { zstd_level: 3, cpu_threads: 0, seal_after_ms: 200 }
-    }
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            nar_bytes_max: narlake_format::limits::NAR_SIZE_MAX,
-            // zstd packs a file of zeros 30,000 to 1; a whole NAR that does so beyond its first 64 MiB is no package.
-            expansion_max: 1000,
-            // Each holds a window of decompressor memory and an ingest's buffers, some 20 MiB together.
-            uploads_max: 16,
-            connections_max: 4096,
-            header_timeout_s: 30,
-            body_idle_timeout_s: 60,
-            drain_s: 30,
-        }
     }
 }
 
@@ -332,9 +299,6 @@ impl Config {
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        let check = |key, holds: bool, reason: &dyn Fn() -> String| {
-            if holds { Ok(()) } else { Err(ConfigError::Invalid { key, reason: reason() }) }
-        };
         let name = &self.cache.name;
         check("cache.name", name.parse::<CacheName>().is_ok(), &|| {
             format!("{name:?} is not 1 to {CACHE_NAME_MAX} of a-z, 0-9 and -, or is a word of the server's own URLs")
@@ -342,20 +306,7 @@ impl Config {
         check("storage.zstd_level", (1..=19).contains(&self.storage.zstd_level), &|| {
             format!("{} is not between 1 and 19", self.storage.zstd_level)
         })?;
-        let limits = &self.limits;
-        let nar_size_max = narlake_format::limits::NAR_SIZE_MAX;
-        check("limits.nar_bytes_max", (1..=nar_size_max).contains(&limits.nar_bytes_max), &|| {
-            format!("{} is not between 1 and {nar_size_max}", limits.nar_bytes_max)
-        })?;
-        for (key, value) in [
-            ("limits.expansion_max", limits.expansion_max),
-            ("limits.uploads_max", limits.uploads_max as u64),
-            ("limits.connections_max", limits.connections_max as u64),
-            ("limits.header_timeout_s", limits.header_timeout_s),
-            ("limits.body_idle_timeout_s", limits.body_idle_timeout_s),
-        ] {
-            check(key, value > 0, &|| "must not be 0".into())?;
-        }
+        self.limits.validate()?;
         let endpoint = &self.s3.endpoint;
         let is_url = endpoint.starts_with("http://") || endpoint.starts_with("https://");
         check("s3.endpoint", endpoint.is_empty() || is_url, &|| format!("{endpoint:?} is not an http(s) URL"))?;
@@ -365,24 +316,9 @@ impl Config {
     }
 }
 
-impl Limits {
-    /// Longest time for a request's head to arrive.
-    #[must_use]
-    pub fn header_timeout(&self) -> Duration {
-        Duration::from_secs(self.header_timeout_s)
-    }
-
-    /// Longest time without a byte of a body.
-    #[must_use]
-    pub fn body_idle_timeout(&self) -> Duration {
-        Duration::from_secs(self.body_idle_timeout_s)
-    }
-
-    /// Longest time for requests under way to end.
-    #[must_use]
-    pub fn drain(&self) -> Duration {
-        Duration::from_secs(self.drain_s)
-    }
+/// An error about a key, unless something holds.
+fn check(key: &'static str, holds: bool, reason: &dyn Fn() -> String) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(ConfigError::Invalid { key, reason: reason() }) }
 }
 
 fn or_inside(given: &Path, data_dir: &Path, name: &str) -> PathBuf {

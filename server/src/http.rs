@@ -9,6 +9,7 @@
 //! like one of the root's own words ([`CacheName`](narlake_format::lake::config::CacheName)).
 
 pub mod body;
+pub mod buffers;
 pub mod cache_info;
 pub mod error;
 pub mod guard;
@@ -26,6 +27,7 @@ pub mod serve;
 pub mod target;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -33,10 +35,11 @@ use axum::http::StatusCode;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use narlake_storage::{Cache, Lake};
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, Semaphore};
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::buffers::Buffers;
 use self::error::HttpError;
 use crate::auth::Tokens;
 use crate::config::Limits;
@@ -64,12 +67,30 @@ pub struct State {
     pub limits: Limits,
     /// One permit for each upload that may be under way.
     pub uploads: Semaphore,
+    /// One permit for each download of a NAR that may be under way.
+    pub downloads: Arc<Semaphore>,
+    /// Memory for the bodies of pushes.
+    pub pushes: Buffers,
+    /// Memory for the questions and answers of readers.
+    pub answers: Buffers,
+    /// Turns to read a log: how long one is is known only once it has been read.
+    pub logs: Semaphore,
     /// Commits under way, which outlive their requests.
     pub commits: TaskTracker,
     /// The metrics.
     pub metrics: Metrics,
     /// Distinguishes the request ids of this run of the server from those of others.
     pub run: u32,
+}
+
+/// Waits for one of a limited number of places. Cancel safe.
+async fn place<P>(
+    wait: Duration,
+    place: impl Future<Output = Result<P, AcquireError>>,
+    what: &str,
+) -> Result<P, HttpError> {
+    // Never closed, so where there is none the time is up.
+    tokio::time::timeout(wait, place).await.ok().and_then(Result::ok).ok_or_else(|| HttpError::busy(what))
 }
 
 /// Every route with its layers.

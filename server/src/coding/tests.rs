@@ -7,7 +7,7 @@ use super::*;
 const SUPPORTED: [Compression; 6] =
     [Compression::None, Compression::Brotli, Compression::Bzip2, Compression::Gzip, Compression::Xz, Compression::Zstd];
 
-const WIDE: Bounds = Bounds { bytes_max: u64::MAX, expansion_max: u64::MAX };
+const WIDE: Bounds = Bounds { bytes_max: u64::MAX, expansion_max: u64::MAX, decoder_bytes_max: DECODER_BYTES_MAX };
 
 /// A stream of pieces of this size.
 fn pieces(bytes: &[u8], size: usize) -> ByteStream {
@@ -97,12 +97,12 @@ async fn a_bomb_ends_at_the_ratio_or_at_the_limit() {
         if compression != Compression::Brotli {
             packed = packed.repeat(32);
         }
-        let bounds = Bounds { bytes_max: 1 << 20, expansion_max: u64::MAX };
+        let bounds = Bounds { bytes_max: 1 << 20, expansion_max: u64::MAX, decoder_bytes_max: DECODER_BYTES_MAX };
         let error = collect(decode(pieces(&packed, 1000), compression, bounds)).await.unwrap_err();
         assert!(matches!(CodingError::within(&error), Some(CodingError::TooLarge { .. })), "{error}");
     }
     let packed = encoded(&zeros, Compression::Zstd).await.repeat(32);
-    let bounds = Bounds { bytes_max: u64::MAX, expansion_max: 1000 };
+    let bounds = Bounds { bytes_max: u64::MAX, expansion_max: 1000, decoder_bytes_max: DECODER_BYTES_MAX };
     let error = collect(decode(pieces(&packed, 1000), Compression::Zstd, bounds)).await.unwrap_err();
     assert!(matches!(CodingError::within(&error), Some(CodingError::Expansion { .. })), "{error}");
 }

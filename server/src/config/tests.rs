@@ -79,6 +79,14 @@ fn mistakes_are_named() {
     check("", &[], &[("cache.name", "A")], "cache.name");
     check("", &[], &[("storage.zstd_level", "40")], "between 1 and 19");
     check("", &[], &[("limits.uploads_max", "0")], "limits.uploads_max: must not be 0");
+    check("", &[], &[("limits.uploads_max", "129")], "limits.uploads_max: 129 is more than 128: each upload keeps two");
+    check(
+        "",
+        &[],
+        &[("limits.buffers_bytes_max", "1000000")],
+        "limits.buffers_bytes_max: 1000000 is not between 67108864",
+    );
+    check("", &[], &[("limits.hold_s", "0")], "limits.hold_s: must not be 0");
     check("", &[], &[("s3.endpoint", "localhost:9000")], "not an http(s) URL");
     check("", &[], &[("s3.endpoint", "http://localhost:9000")], "no bucket");
     check("", &[], &[("log.format", "xml")], "xml");

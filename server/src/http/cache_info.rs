@@ -31,7 +31,7 @@ pub async fn put(
     headers: HeaderMap,
     body: Body,
 ) -> Result<StatusCode, HttpError> {
-    let text = body::whole(&shared, ROUTE, &headers, body, CACHE_INFO_MAX).await?;
+    let (text, _buffer) = body::whole(&shared, ROUTE, &headers, body, CACHE_INFO_MAX).await?;
     let given = CacheInfo::parse(&text)?.store_dir;
     let ours = &shared.lake.info().store_dir;
     if given == *ours {

@@ -51,10 +51,22 @@ impl HttpError {
         Self::refused(StatusCode::NOT_FOUND, message).with(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))
     }
 
+    /// There is no room for this request now. On its way to a PUT's client this becomes 500
+    /// ([`observe`](super::observe)).
+    pub fn busy(what: &str) -> Self {
+        Self::refused(StatusCode::SERVICE_UNAVAILABLE, format!("the server is busy: {what}; try again"))
+            .with(header::RETRY_AFTER, HeaderValue::from_static("1"))
+    }
+
     /// A task that worked for the request panicked.
     #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
     pub fn lost(error: tokio::task::JoinError) -> Self {
         Self::internal(StatusCode::INTERNAL_SERVER_ERROR, Panicked(error.to_string()))
+    }
+
+    /// An answer that cannot be written down.
+    pub fn unwritable(error: serde_json::Error) -> Self {
+        Self::internal(StatusCode::INTERNAL_SERVER_ERROR, error)
     }
 
     /// Adds a header to the response.
@@ -84,7 +96,7 @@ impl From<Error> for HttpError {
             return Self::not_found(error.to_string());
         }
         if status.is_client_error() && is_about_the_request(&error) {
-            return Self::refused(status, error.chain());
+            return Self::refused(status, chain(&error));
         }
         let status = if status.is_client_error() { StatusCode::INTERNAL_SERVER_ERROR } else { status };
         let damaged = error.kind() == ErrorKind::Corrupt;
@@ -122,7 +134,7 @@ const fn status(kind: ErrorKind) -> StatusCode {
 
 fn refusal(error: &BodyError) -> HttpError {
     let status = match error {
-        BodyError::Idle { .. } => StatusCode::REQUEST_TIMEOUT,
+        BodyError::Idle { .. } | BodyError::Slow { .. } => StatusCode::REQUEST_TIMEOUT,
         BodyError::Hash { .. } | BodyError::Broken(_) => StatusCode::BAD_REQUEST,
     };
     HttpError::refused(status, error.to_string())

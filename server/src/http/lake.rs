@@ -22,14 +22,37 @@ use narlake_format::lake::location::PackRef;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::limits::{CLOSURE_MAX, PACK_MAX};
 use narlake_format::nix::store_path::StorePathHash;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
+use super::buffers::Buffer;
 use super::error::HttpError;
 use super::{Shared, State as Parts, body, range};
+use crate::config::BUFFERS_BYTES_MIN;
 
 /// Largest JSON body of a request: the longest base names, quoted, of the largest closure.
 const JSON_BYTES_MAX: usize = CLOSURE_MAX * 256;
+
+/// Memory that a JSON question takes, in multiples of its length: the text, and what is read from it.
+const JSON_WEIGHT: usize = 2;
+
+/// Memory that a question where blobs are takes, in multiples of its length: ids, locations, and the answer made of
+/// them, twice.
+const LOCATE_WEIGHT: usize = 8;
+
+/// Memory taken for a closure before its size is known, in bytes: what that of a system comes to.
+const CLOSURE_BYTES: usize = 4 << 20;
+
+/// Memory that a record and each of its references take in a closure, in bytes.
+const RECORD_BYTES: usize = 1024;
+const REFERENCE_BYTES: usize = 128;
+
+/// JSON that is longer than this is read on a thread where it keeps nobody waiting.
+const JSON_QUICK_BYTES: usize = 64 << 10;
+
+const _: () = assert!((JSON_BYTES_MAX * JSON_WEIGHT) as u64 <= BUFFERS_BYTES_MIN);
+const _: () = assert!((LOCATE_MAX * ID_LEN * LOCATE_WEIGHT) as u64 <= BUFFERS_BYTES_MIN);
+const _: () = assert!(PACK_MAX as u64 <= BUFFERS_BYTES_MIN);
 
 /// Lookups under way at once for one `missing` request.
 const LOOKUPS: usize = 32;
@@ -68,16 +91,27 @@ pub async fn path(State(shared): State<Shared>, Path(ByHash { hash }): Path<ByHa
 
 /// `POST closure`: the records of closures, references first, one JSON document a line.
 pub async fn closure(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
-    let request: ClosureRequest = json(&shared, "/api/v1/closure", &headers, body).await?;
+    let (request, asked): (ClosureRequest, _) = json(&shared, "/api/v1/closure", &headers, body).await?;
     bounded("roots", request.roots.len())?;
     bounded("have", request.have.len())?;
     let have: HashSet<StorePathHash> = request.have.into_iter().collect();
+    // Memory goes before more is taken: two that held some and waited for more would wait for each other.
+    drop(asked);
+    let mut buffer = shared.answers.take(CLOSURE_BYTES).await?;
     let (records, missing) = shared.lake.closure(&shared.cache, &request.roots).await?;
+    let bytes = records.iter().map(|record| RECORD_BYTES + record.info().references.len() * REFERENCE_BYTES).sum();
+    if bytes > CLOSURE_BYTES {
+        drop(buffer);
+        buffer = shared.answers.take(bytes).await?;
+    }
+    buffer.shrink(bytes);
+    let state = Arc::clone(&shared);
     let wanted = records.into_iter().filter(move |record| !have.contains(&record.info().store_path.hash));
     let mut count = 0;
     let items = wanted.map(Item::Record).chain(missing.into_iter().map(Item::Missing)).chain([Item::End]);
     // The text of a line is made when it is sent: all of them together may be far larger than the records.
     let lines = items.map(move |item| {
+        let _held = &buffer;
         let line = match item {
             Item::Record(record) => ClosureLine::Record(record.to_text(&shared.lake.info().store_dir)),
             Item::Missing(hash) => ClosureLine::Missing(hash),
@@ -88,7 +122,8 @@ pub async fn closure(State(shared): State<Shared>, headers: HeaderMap, body: Bod
         text.push(b'\n');
         Ok::<_, io::Error>(Bytes::from(text))
     });
-    Ok(([(header::CONTENT_TYPE, NDJSON)], body::outgoing(stream::iter(lines))).into_response())
+    let body = body::in_time(&state, stream::iter(lines));
+    Ok(([(header::CONTENT_TYPE, NDJSON)], body).into_response())
 }
 
 /// What a line of the answer is made of.
@@ -100,7 +135,7 @@ enum Item {
 
 /// `POST missing`: which of these paths the cache does not have.
 pub async fn missing(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
-    let request: MissingRequest = json(&shared, "/api/v1/missing", &headers, body).await?;
+    let (request, buffer): (MissingRequest, _) = json(&shared, "/api/v1/missing", &headers, body).await?;
     bounded("paths", request.paths.len())?;
     let shared = &shared;
     let missing: Vec<_> = stream::iter(request.paths)
@@ -112,15 +147,16 @@ pub async fn missing(State(shared): State<Shared>, headers: HeaderMap, body: Bod
         .try_filter_map(async |path| Ok(path))
         .try_collect()
         .await?;
-    Ok(axum::Json(MissingResponse { missing }).into_response())
+    answer(shared, &MissingResponse { missing }, buffer)
 }
 
 /// `POST locate`: where these blobs are.
 pub async fn locate(State(shared): State<Shared>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
-    let ids = body::whole(&shared, "/api/v1/locate", &headers, body, LOCATE_MAX * ID_LEN).await?;
+    let (ids, buffer) =
+        body::question(&shared, "/api/v1/locate", &headers, body, LOCATE_MAX * ID_LEN, LOCATE_WEIGHT).await?;
     let ids = decode_locate(&ids)?;
     let locations = shared.lake.locate(&shared.cache.domain(), &ids);
-    Ok(axum::Json(LocateResponse::new(&locations)).into_response())
+    answer(&shared, &LocateResponse::new(&locations), buffer)
 }
 
 /// The parts of the URL that name a pack.
@@ -149,23 +185,38 @@ pub async fn pack(
         let message = format!("a range of a pack may have at most {PACK_MAX} bytes");
         return Err(HttpError::refused(StatusCode::RANGE_NOT_SATISFIABLE, message));
     }
+    let length = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+    let buffer = shared.answers.take(length).await?;
     let bytes = shared.lake.read_pack(&pack, range.clone()).await?;
     // To know the length costs a request of its own. Whoever asks for the first byte alone wants to know nothing else.
     let total = if range == (0..1) { shared.lake.pack_size(&pack).await?.to_string() } else { "*".into() };
     let content_range = format!("bytes {}-{}/{total}", range.start, range.end - 1);
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CONTENT_RANGE, content_range.as_str())];
-    Ok((StatusCode::PARTIAL_CONTENT, headers, bytes).into_response())
+    let (length, body) = body::held(&shared, buffer.join(bytes));
+    Ok((StatusCode::PARTIAL_CONTENT, headers, length, body).into_response())
 }
 
-async fn json<T: DeserializeOwned>(
+async fn json<T: DeserializeOwned + Send + 'static>(
     state: &Parts,
     route: &'static str,
     headers: &HeaderMap,
     body: Body,
-) -> Result<T, HttpError> {
-    let text = body::whole(state, route, headers, body, JSON_BYTES_MAX).await?;
-    serde_json::from_slice(&text)
-        .map_err(|error| HttpError::invalid(format!("the body is not what is expected: {error}")))
+) -> Result<(T, Buffer), HttpError> {
+    let (text, buffer) = body::question(state, route, headers, body, JSON_BYTES_MAX, JSON_WEIGHT).await?;
+    let read = if text.len() <= JSON_QUICK_BYTES {
+        serde_json::from_slice(&text)
+    } else {
+        tokio::task::spawn_blocking(move || serde_json::from_slice(&text)).await.map_err(HttpError::lost)?
+    };
+    let value = read.map_err(|error| HttpError::invalid(format!("the body is not what is expected: {error}")))?;
+    Ok((value, buffer))
+}
+
+/// A JSON answer, in the memory that was taken for the question.
+fn answer(state: &Parts, value: &impl Serialize, buffer: Buffer) -> Result<Response, HttpError> {
+    let text = serde_json::to_vec(value).map_err(HttpError::unwritable)?;
+    let (length, body) = body::held(state, buffer.join(text));
+    Ok(([(header::CONTENT_TYPE, "application/json")], length, body).into_response())
 }
 
 fn bounded(what: &str, count: usize) -> Result<(), HttpError> {

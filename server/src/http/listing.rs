@@ -1,6 +1,7 @@
 //! `<hash>.ls`: what files a path has, made from its manifest as it is sent.
 //!
-//! A client may upload its own listing. It is checked to be one and then dropped: ours is made from what was verified.
+//! A client may upload its own listing. It is read and dropped: ours is made from what was verified, and nobody will
+//! ever see the client's.
 
 use std::sync::Arc;
 
@@ -14,28 +15,33 @@ use narlake_format::lake::manifest::ManifestEvent;
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::lake::strings::StringTable;
 use narlake_format::nar::Event;
-use narlake_format::nix::listing::{Listing, ListingError, ListingWriter};
+use narlake_format::nix::listing::{ListingError, ListingWriter};
 use narlake_format::nix::store_path::StorePathHash;
 use narlake_storage::fetch::Fetcher;
 use narlake_storage::manifest::Manifest;
 use narlake_storage::{Cache, Error};
 
+use super::buffers::Buffer;
 use super::error::HttpError;
 use super::{State, body};
 
 const ROUTE: &str = "/{hash}.ls";
 
-/// Largest listing that is read: about a million entries.
-const LISTING_BYTES_MAX: usize = 128 << 20;
+/// Largest listing of a client's that is read, in bytes: ten million entries.
+const LISTING_BYTES_MAX: u64 = 2 << 30;
+
+/// Memory that making a listing takes, in bytes: a part of the manifest, its text, and the strings.
+const ANSWER_BYTES: usize = 2 << 20;
 
 /// The listing of a path.
 pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Response, HttpError> {
     let record = state.lake.lookup(cache, &hash).await?;
     let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
+    let buffer = state.answers.take(ANSWER_BYTES).await?;
     let strings = state.lake.strings(cache, &record).await?;
     let fetcher = state.lake.fetcher(cache.domain());
     let manifest = Manifest::open(&fetcher, &record.manifest()).await?;
-    let mut lister = Lister { fetcher, manifest, strings, writer: ListingWriter::new() };
+    let mut lister = Lister { fetcher, manifest, strings, writer: ListingWriter::new(), _buffer: buffer };
     // The first part is made before 200 is sent, and is the whole listing of nearly every path.
     let first = match lister.next().await {
         Ok(text) => text.unwrap_or_default(),
@@ -45,7 +51,8 @@ pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Re
     let rest =
         stream::try_unfold(lister, |mut lister| async move { Ok(lister.next().await?.map(|text| (text, lister))) });
     let text = stream::iter([Ok::<_, ListError>(first)]).chain(rest);
-    Ok(([(header::CONTENT_TYPE, "application/json")], body::outgoing(text)).into_response())
+    let body = body::in_time(state, text);
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 /// Why a listing cannot be made.
@@ -63,11 +70,12 @@ struct Lister {
     manifest: Manifest,
     strings: StringTable,
     writer: ListingWriter,
+    _buffer: Buffer,
 }
 
 impl Lister {
     async fn next(&mut self) -> Result<Option<Bytes>, ListError> {
-        let Self { fetcher, manifest, strings, writer } = self;
+        let Self { fetcher, manifest, strings, writer, .. } = self;
         let mut text = Vec::new();
         let mut failed = None;
         let more = manifest
@@ -112,7 +120,6 @@ fn list(
 
 /// Takes a listing and forgets it.
 pub async fn put(state: &State, headers: &HeaderMap, body: Body) -> Result<Response, HttpError> {
-    let text = body::whole(state, ROUTE, headers, body, LISTING_BYTES_MAX).await?;
-    Listing::parse(&text)?;
+    body::ignored(state, ROUTE, headers, body, LISTING_BYTES_MAX).await?;
     Ok(StatusCode::CREATED.into_response())
 }

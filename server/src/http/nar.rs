@@ -27,7 +27,7 @@ use narlake_storage::{Cache, Error, UploadName};
 use super::error::HttpError;
 use super::range::{self, Asked};
 use super::target::{Object, Target};
-use super::{Shared, body};
+use super::{Shared, body, place};
 use crate::coding::{self, Bounds, ByteStream};
 use crate::metrics::InFlight;
 
@@ -68,7 +68,8 @@ impl Name {
 /// Takes in a NAR that a narinfo will name. Answered 201 once everything is in the bucket.
 ///
 /// While as many uploads as `limits.uploads_max` are under way this waits, holding the connection: told to come back
-/// later, older Nix would give up.
+/// later, older Nix would give up. Only once `limits.hold_s` have passed it is told so nevertheless, shortly before
+/// it gives up by itself.
 pub async fn put(
     State(shared): State<Shared>,
     Target(cache): Target,
@@ -81,7 +82,7 @@ pub async fn put(
     };
     supported(compression)?;
     let waiting = InFlight::of(&shared.metrics.uploads_waiting);
-    let permit = shared.uploads.acquire().await.map_err(|_| Error::Stopped("the server"))?;
+    let permit = place(shared.limits.hold(), shared.uploads.acquire(), "too many uploads are under way").await?;
     drop(waiting);
     let _in_flight = InFlight::of(&shared.metrics.uploads_in_flight);
 
@@ -89,7 +90,11 @@ pub async fn put(
     let received = body::incoming(&shared, ROUTE, &headers, request, limits.nar_bytes_max)?;
     let (received, compression) = reveal(received, compression).await?;
     supported(compression)?;
-    let bounds = Bounds { bytes_max: limits.nar_bytes_max, expansion_max: limits.expansion_max };
+    let bounds = Bounds {
+        bytes_max: limits.nar_bytes_max,
+        expansion_max: limits.expansion_max,
+        decoder_bytes_max: coding::DECODER_BYTES_MAX,
+    };
     let nar = coding::decode(body::hashed(received, file_hash), compression, bounds);
     let ingested = shared.lake.ingest(&cache, nar).await?;
     shared.lake.keep_upload(&cache, &UploadName { file_hash, compression }, &ingested).await?;
@@ -174,7 +179,11 @@ pub async fn get(
     if matches!(answer, Answer::NotModified { .. } | Answer::Unsatisfiable { .. }) {
         return Ok(answer.response(Body::empty()));
     }
+    let places = Arc::clone(&shared.downloads).acquire_owned();
+    let place = place(shared.limits.hold(), places, "too many downloads are under way").await?;
     let nar = shared.lake.export(&cache, &found.record).await?;
+    // The place goes when the stream does.
+    let nar = nar.inspect(move |_| _ = &place);
     let body = match &answer {
         Answer::Part { range, .. } => body::outgoing(part(nar, range.clone())),
         Answer::Compressed { compression, .. } => {

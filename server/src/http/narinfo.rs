@@ -33,14 +33,18 @@ pub async fn put(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Response, HttpError> {
-    let text = body::whole(state, ROUTE, headers, body, NARINFO_MAX).await?;
+    let (text, buffer) = body::whole(state, ROUTE, headers, body, NARINFO_MAX).await?;
     let info = NarInfo::parse(&state.lake.info().store_dir, &text)?;
     if info.store_path.hash != hash {
         let message = format!("the narinfo is of {}, the URL is of {hash}", info.store_path);
         return Err(HttpError::invalid(message));
     }
     let (shared, cache) = (Shared::clone(state), cache.clone());
-    let commit = async move { shared.lake.publish(&cache, info, shared.signers.keys()).await };
+    let commit = async move {
+        // What was parsed of the text is as large: its memory counts until the commit is done.
+        let _buffer = buffer;
+        shared.lake.publish(&cache, info, shared.signers.keys()).await
+    };
     let published = state.commits.spawn(commit).await.map_err(HttpError::lost)??;
     let status = match published.outcome {
         Outcome::New => StatusCode::CREATED,

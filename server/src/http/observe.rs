@@ -18,7 +18,7 @@ use futures::{Stream, StreamExt as _};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::body::Aborted;
+use super::body::{Aborted, BodyError};
 use super::error::{Panicked, Problem, chain};
 use super::serve::Peer;
 use super::{Shared, pattern};
@@ -152,6 +152,11 @@ impl Exchange {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
         while let Some(error) = cause {
             if let Some(Aborted(inner)) = error.downcast_ref() {
+                if let Some(slow) = inner.downcast_ref::<BodyError>() {
+                    self.outcome = Outcome::ClientGone;
+                    self.reason = Some(slow.to_string());
+                    return;
+                }
                 tracing::error!(
                     id = self.id,
                     path = self.path,

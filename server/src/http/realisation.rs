@@ -52,7 +52,7 @@ pub async fn put(
     headers: HeaderMap,
     body: Body,
 ) -> Result<StatusCode, HttpError> {
-    let text = body::whole(&shared, "/realisations/{id}", &headers, body, REALISATION_MAX).await?;
+    let (text, _buffer) = body::whole(&shared, "/realisations/{id}", &headers, body, REALISATION_MAX).await?;
     keep(&shared, &cache, &format!("realisations/{id}"), text).await
 }
 
@@ -64,7 +64,8 @@ pub async fn put_by_path(
     headers: HeaderMap,
     body: Body,
 ) -> Result<StatusCode, HttpError> {
-    let text = body::whole(&shared, "/build-trace-v2/{drv}/{output}", &headers, body, REALISATION_MAX).await?;
+    let (text, _buffer) =
+        body::whole(&shared, "/build-trace-v2/{drv}/{output}", &headers, body, REALISATION_MAX).await?;
     keep(&shared, &cache, &format!("build-trace-v2/{drv}/{output}"), text).await
 }
 
@@ -73,9 +74,12 @@ fn key(url: &str) -> Result<RealisationKey, HttpError> {
 }
 
 async fn fetch(shared: &Shared, cache: &Cache, url: &str) -> Result<Response, HttpError> {
-    let document = shared.lake.get_document(cache, &DocumentKey::Realisation(key(url)?)).await?;
+    let key = DocumentKey::Realisation(key(url)?);
+    let buffer = shared.answers.take(REALISATION_MAX).await?;
+    let document = shared.lake.get_document(cache, &key).await?;
     let document = document.ok_or_else(|| HttpError::not_found(format!("there is no {url}")))?;
-    Ok(([(header::CONTENT_TYPE, "application/json")], document).into_response())
+    let (length, body) = body::held(shared, buffer.join(document));
+    Ok(([(header::CONTENT_TYPE, "application/json")], length, body).into_response())
 }
 
 async fn keep(shared: &Shared, cache: &Cache, url: &str, text: bytes::Bytes) -> Result<StatusCode, HttpError> {

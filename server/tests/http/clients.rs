@@ -12,20 +12,20 @@ use tokio::time::{Instant, timeout};
 use super::common::*;
 use narlake_format::nix::compression::Compression;
 
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-async fn connect(server: &Server) -> TcpStream {
+pub(crate) async fn connect(server: &Server) -> TcpStream {
     TcpStream::connect(server.app.address()).await.unwrap()
 }
 
 /// Everything until the server closes the connection.
-async fn rest(mut stream: TcpStream) -> String {
+pub(crate) async fn rest(mut stream: TcpStream) -> String {
     let mut answer = Vec::new();
     timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap_or_default();
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-async fn settled(server: &Server, sample: &str, value: f64) {
+pub(crate) async fn settled(server: &Server, sample: &str, value: f64) {
     let start = Instant::now();
     while server.metric(sample).await.total_cmp(&value).is_ne() {
         assert!(start.elapsed() < SOON, "{sample} is {}", server.metric(sample).await);

@@ -233,7 +233,7 @@ pub(crate) async fn compress(bytes: &[u8], compression: Compression) -> Vec<u8> 
 }
 
 pub(crate) async fn decompress(bytes: &[u8], compression: Compression) -> Vec<u8> {
-    let bounds = coding::Bounds { bytes_max: u64::MAX, expansion_max: u64::MAX };
+    let bounds = coding::Bounds { bytes_max: u64::MAX, expansion_max: u64::MAX, decoder_bytes_max: u64::MAX };
     recode(bytes, |stream| coding::decode(stream, compression, bounds)).await.unwrap()
 }
 

@@ -5,6 +5,7 @@ mod clients;
 mod common;
 mod downloads;
 mod lake_api;
+mod memory;
 mod observed;
 mod resources;
 mod tokens;
