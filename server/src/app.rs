@@ -9,8 +9,10 @@ use narlake_format::nix::signature::PublicKey;
 use narlake_storage::bucket::{Bucket, S3Settings};
 use narlake_storage::{Clock, Components, Entropy, Lake, OsEntropy, Settings, SystemClock};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -21,6 +23,29 @@ use crate::http::buffers::Buffers;
 use crate::metrics::Metrics;
 use crate::shutdown::{self, Phase, Signals};
 use crate::signing::Signers;
+
+/// Threads for blocking work beside those that uploads keep: requests to a local bucket, of which the engine has 128
+/// under way at most, steps of codecs and decoders, and the local state. They must always find one, since uploads wait
+/// for what they do.
+pub const BLOCKING_THREADS: usize = 512;
+
+/// Threads that an upload keeps as long as it lasts: one hashes, one cuts.
+pub const UPLOAD_THREADS: usize = 2;
+
+/// Least time that closing the lake is given, however little requests get.
+const CLOSE_MIN: Duration = Duration::from_secs(5);
+
+/// The runtime that a server needs.
+///
+/// # Errors
+/// Where the system gives it no threads.
+pub fn runtime(config: &Config) -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(UPLOAD_THREADS * config.limits.uploads_max + BLOCKING_THREADS)
+        .build()
+        .context("start the runtime")
+}
 
 /// What a server is made of that is not settings.
 pub struct Parts {
@@ -114,18 +139,29 @@ impl App {
         &self.public_keys
     }
 
-    /// Lets requests under way end, within `limits.drain_s`, then closes the lake.
+    /// Lets requests and commits under way end, within `limits.drain_s`, then closes the lake, within as long again.
+    /// What does not end in time is left, and said in the log.
     ///
     /// # Errors
     /// Where something that was accepted could not be kept; what was answered 2xx is not affected.
     pub async fn stop(self) -> anyhow::Result<()> {
+        let until = Instant::now() + self.drain;
         self.stop.cancel();
         self.serving.await.context("serve")?;
         self.commits.close();
-        if tokio::time::timeout(self.drain, self.commits.wait()).await.is_err() {
+        if tokio::time::timeout_at(until, self.commits.wait()).await.is_err() {
             tracing::warn!(commits = self.commits.len(), "leaving commits that did not end in time");
         }
-        self.lake.close().await.context("close the lake")
+        let lake = self.lake;
+        match shutdown::in_time(self.drain.max(CLOSE_MIN), async move { lake.close().await }).await {
+            Some(closed) => closed.context("close the lake"),
+            None => {
+                tracing::warn!(
+                    "leaving the lake open: its bucket or disk does not answer; the next start takes longer"
+                );
+                Ok(())
+            }
+        }
     }
 }
 

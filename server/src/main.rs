@@ -2,11 +2,10 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::Parser as _;
 use narlake_server::cli::{Cli, Command, Options};
 use narlake_server::config::Config;
-use narlake_server::{app, logging};
+use narlake_server::{app, logging, shutdown};
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -23,11 +22,14 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(options) => {
             let config = load(&options)?;
-            runtime()?.block_on(app::serve(&config))
+            let runtime = app::runtime(&config)?;
+            let served = runtime.block_on(app::serve(&config));
+            shutdown::end(runtime, served.is_ok());
+            served
         }
         Command::Reindex(options) => {
             let config = load(&options)?;
-            runtime()?.block_on(app::reindex(&config))
+            app::runtime(&config)?.block_on(app::reindex(&config))
         }
         Command::Version => {
             #[expect(clippy::print_stdout, reason = "what was asked for")]
@@ -45,8 +47,4 @@ fn load(options: &Options) -> anyhow::Result<Config> {
     let config = Config::load(options.config.as_deref(), environment, &options.assignments())?;
     logging::start(&config.log)?;
     Ok(config)
-}
-
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")
 }

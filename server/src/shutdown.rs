@@ -1,7 +1,8 @@
 //! When to stop, and telling the service manager how far we are.
 //!
-//! A stop is asked for by SIGTERM or SIGINT. What is under way then has `limits.drain_s` to end; a second signal ends
-//! the wait. systemd is told over the datagram socket in `NOTIFY_SOCKET` (sd_notify(3), a protocol of a few lines, so
+//! A stop is asked for by SIGTERM or SIGINT. What is under way then has `limits.drain_s` to end, and the lake as long
+//! again to be closed; a second signal ends the wait. No part of a stop waits without a limit: a bucket that does not
+//! answer must not keep the process. systemd is told over the datagram socket in `NOTIFY_SOCKET` (sd_notify(3), a protocol of a few lines, so
 //! it is spoken here rather than linked).
 
 use std::env;
@@ -10,8 +11,13 @@ use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::{Duration, Instant};
 
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Longest time for threads to end when everything else has.
+const RUNTIME_END: Duration = Duration::from_secs(5);
 
 /// The signals that ask for a stop.
 #[derive(Debug)]
@@ -35,6 +41,33 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+/// The outcome of some work if it ends within a time, also where it blocks the thread that it runs on. What does not
+/// goes on until the runtime ends.
+pub async fn in_time<T: Send + 'static>(limit: Duration, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
+    match tokio::time::timeout(limit, tokio::spawn(work)).await {
+        Ok(Ok(outcome)) => Some(outcome),
+        Ok(Err(error)) => {
+            tracing::error!(%error, "work for the stop broke off");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// Ends the runtime: at once after a failure or a second signal, else with a moment for what still runs.
+pub fn end(runtime: Runtime, orderly: bool) {
+    if !orderly {
+        runtime.shutdown_background();
+        return;
+    }
+    let tasks = runtime.metrics().num_alive_tasks();
+    let start = Instant::now();
+    runtime.shutdown_timeout(RUNTIME_END);
+    if start.elapsed() >= RUNTIME_END {
+        tracing::warn!(tasks, "leaving threads that did not end in time");
     }
 }
 
@@ -90,6 +123,22 @@ mod tests {
         let name = format!("narlake-notify-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         check(&UnixDatagram::bind_addr(&address).unwrap(), OsStr::new(&format!("@{name}")));
+    }
+
+    /// A bucket that does not answer, and a disk that keeps a thread.
+    #[test]
+    fn a_stop_does_not_wait_for_ever() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let start = Instant::now();
+        let limit = Duration::from_millis(100);
+        runtime.block_on(async {
+            assert_eq!(in_time(limit, async { 1 }).await, Some(1));
+            assert_eq!(in_time(limit, std::future::pending::<()>()).await, None);
+            assert_eq!(in_time(limit, async { std::thread::sleep(RUNTIME_END * 20) }).await, None);
+        });
+        assert!(start.elapsed() < RUNTIME_END);
+        end(runtime, true);
+        assert!((RUNTIME_END..RUNTIME_END * 2).contains(&start.elapsed()));
     }
 
     #[test]

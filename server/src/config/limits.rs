@@ -17,6 +17,9 @@ pub const BUFFERS_BYTES_MIN: u64 = 64 << 20;
 /// Most memory for bodies that can be asked for, in bytes: what a semaphore takes at once is counted in 32 bits.
 const BUFFERS_BYTES_MAX: u64 = u32::MAX as u64;
 
+/// Largest number of a limit that has no bound of its own: nobody means more, and sums stay in range.
+const NUMBER_MAX: u64 = u32::MAX as u64;
+
 /// Bounds on what clients may ask of the server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -88,8 +91,10 @@ impl Limits {
             ("limits.header_timeout_s", self.header_timeout_s),
             ("limits.body_idle_timeout_s", self.body_idle_timeout_s),
             ("limits.body_timeout_s", self.body_timeout_s),
+            ("limits.drain_s", self.drain_s.max(1)),
         ] {
             check(key, value > 0, &|| "must not be 0".into())?;
+            check(key, value <= NUMBER_MAX, &|| format!("{value} is more than {NUMBER_MAX}"))?;
         }
         check("limits.uploads_max", self.uploads_max <= UPLOADS_MAX, &|| {
             format!(

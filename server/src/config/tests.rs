@@ -86,6 +86,7 @@ fn mistakes_are_named() {
         &[("limits.buffers_bytes_max", "1000000")],
         "limits.buffers_bytes_max: 1000000 is not between 67108864",
     );
+    check("", &[], &[("limits.connections_max", "9223372036854775807")], "is more than 4294967295");
     check("", &[], &[("limits.hold_s", "0")], "limits.hold_s: must not be 0");
     check("", &[], &[("s3.endpoint", "localhost:9000")], "not an http(s) URL");
     check("", &[], &[("s3.endpoint", "http://localhost:9000")], "no bucket");

@@ -1,5 +1,6 @@
 //! Clients that die, stall, or talk something else; and what becomes of them when the server stops.
 
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +12,8 @@ use tokio::time::{Instant, timeout};
 
 use super::common::*;
 use narlake_format::nix::compression::Compression;
+use narlake_server::app::{BLOCKING_THREADS, UPLOAD_THREADS, runtime};
+use narlake_server::config::{Config, UPLOADS_MAX};
 
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
@@ -147,4 +150,24 @@ async fn a_stop_waits_for_what_is_under_way_but_not_for_ever() {
     assert!(start.elapsed() >= Duration::from_secs(1), "the stalled one is given its time");
     assert!(reading.await.unwrap().unwrap() == object.nar);
     assert!(TcpStream::connect(address).await.is_err());
+}
+
+/// Uploads at their limit, each with its threads, leave enough for all that a bucket on disk and the codecs ask for.
+#[test]
+fn uploads_leave_threads_for_others() {
+    let mut config = Config::default();
+    config.limits.uploads_max = UPLOADS_MAX;
+    let runtime = runtime(&config).unwrap();
+    let threads = UPLOAD_THREADS * UPLOADS_MAX + BLOCKING_THREADS;
+    let met = Arc::new(Barrier::new(threads + 1));
+    for _ in 0..threads {
+        let met = Arc::clone(&met);
+        runtime.spawn_blocking(move || met.wait());
+    }
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        met.wait();
+        send.send(()).unwrap();
+    });
+    receive.recv_timeout(SOON).expect("they all run at once");
 }
