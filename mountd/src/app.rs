@@ -37,6 +37,12 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest time of it for requests that are under way.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longest time of it for overlays; then the mount goes from below those that hang.
+const OVERLAYS_DOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest look at the directory that is to be mounted on.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// By how much a time limit is shorter than the one around it.
 const DEADLINE_STEP: Duration = Duration::from_secs(1);
 
@@ -159,11 +165,15 @@ impl Daemon {
     /// Says which part does not start, and why. What was started is taken down again.
     pub async fn start(config: &Config, sources: Sources, metrics: &Metrics) -> anyhow::Result<Self> {
         let Sources { blobs, records, keys, key_names } = sources;
-        let mount = blocking({
+        // It looks at what is mounted there, perhaps by a daemon that lives and does not answer.
+        let prepared = blocking({
             let mount = config.mount.clone();
             move || mount::prepare(&mount)
-        })
-        .await??;
+        });
+        let Ok(mount) = tokio::time::timeout(PREPARE_TIMEOUT, prepared).await else {
+            bail!("{} does not answer; is another daemon's mount on it?", config.mount.display());
+        };
+        let mount = mount??;
         let own = Own {
             lower: mount.clone(),
             store_dir: keys.store_dir().to_string(),
@@ -248,8 +258,10 @@ impl Daemon {
             let _ = std::fs::remove_file(socket);
         }
         let (overlays, serving, cache) = (self.overlays, self.serving, self.cache);
+        if tokio::time::timeout(OVERLAYS_DOWN_TIMEOUT, blocking(move || overlays.down_all())).await.is_err() {
+            tracing::warn!("an overlay does not let go, going on without it");
+        }
         blocking(move || {
-            overlays.down_all();
             let stopped = serving.stop();
             cache.close();
             stopped

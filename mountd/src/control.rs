@@ -18,7 +18,8 @@ use tokio_util::task::TaskTracker;
 use crate::cache::Cache;
 use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
-use crate::overlay::{OverlayError, Overlays};
+use crate::mount_error::MountError;
+use crate::overlay::Overlays;
 use crate::view::{View, ViewError};
 
 /// Connections at once; further ones are closed.
@@ -156,7 +157,7 @@ impl Control {
                 if let Some(merged) = merged
                     && !self.overlays.list().iter().any(|overlay| overlay.merged == merged)
                 {
-                    return Err(OverlayError::Unknown { path: merged }.into());
+                    return Err(MountError::Unknown { path: merged }.into());
                 }
                 // All of them: refreshes are shared, and one more costs milliseconds.
                 self.view.refresh().await?;
@@ -221,7 +222,7 @@ impl Control {
 #[derive(Debug, thiserror::Error)]
 enum ControlError {
     #[error(transparent)]
-    Overlay(#[from] OverlayError),
+    Overlay(#[from] MountError),
     #[error(transparent)]
     View(#[from] ViewError),
     #[error("{path} is not a store path of {dir}")]
@@ -236,10 +237,11 @@ impl ControlError {
             Self::Path { .. } => ControlErrorKind::Invalid,
             Self::Stopping => ControlErrorKind::Unavailable,
             Self::View(ViewError::Overlay(error)) | Self::Overlay(error) => match error {
-                OverlayError::Refused { .. } => ControlErrorKind::Invalid,
-                OverlayError::Unknown { .. } => ControlErrorKind::NotFound,
-                OverlayError::Busy { .. } => ControlErrorKind::Busy,
-                OverlayError::Kernel { .. } => ControlErrorKind::Failed,
+                MountError::Refused { .. } => ControlErrorKind::Invalid,
+                MountError::Unknown { .. } => ControlErrorKind::NotFound,
+                MountError::Busy { .. } => ControlErrorKind::Busy,
+                MountError::Late { .. } => ControlErrorKind::Unavailable,
+                MountError::Kernel { .. } => ControlErrorKind::Failed,
             },
             Self::View(error) if error.is_outage() => ControlErrorKind::Unavailable,
             Self::View(_) => ControlErrorKind::Failed,

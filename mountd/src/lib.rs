@@ -10,7 +10,7 @@
 //! | [`reader`] | a file's range to its bytes |
 //! | [`cache`] | file content on the local disk |
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
-//! | [`overlay`] | overlays over the mount |
+//! | [`overlay`], [`mountinfo`], [`mount_error`] | overlays over the mount, and mounts in general |
 //! | [`nix_socket`] | what Nix asks its lower store |
 //! | [`control`] | what the `narlake` command asks |
 //! | [`metrics`], [`metrics_page`] | what it counts |
@@ -28,6 +28,7 @@ pub mod fs;
 pub mod fuse;
 pub mod metrics;
 pub mod metrics_page;
+pub mod mount_error;
 pub mod mountinfo;
 pub mod nix_socket;
 pub mod notify;

@@ -5,75 +5,43 @@
 //! refreshed and looked through from any mount namespace, with its flags kept.
 //!
 //! A refresh makes an overlay forget the names that did not exist. Refreshes coalesce: whoever asks for one shares the
-//! next that begins, and there are at most five a second.
+//! next that begins, and an overlay has at most five a second.
+//!
+//! Whatever is done to an overlay waits for the kernel, and through it perhaps for this daemon's own session, for a disk
+//! or for another process. So every wait has an end for whoever waits, and the threads that may be stuck are counted
+//! ([`gate`]): each overlay has its own, changes have one. One overlay that hangs keeps no other from being looked
+//! through.
 //!
 //! Overlay options are fixed (docs/decisions/0007-overlay-options.md): what Nix's own check accepts, renames of lower
 //! directories that work, a chmod that copies no content, and no index, which would tie an upper for ever to one lower.
 
+mod care;
 mod checks;
+mod gate;
 mod kernel;
 
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::future::join_all;
 use narlake_format::api::control::OverlayInfo;
-use tokio::time::Instant;
 
-use self::kernel::Seen;
-use crate::error::joined;
+use self::care::{LOOKS_MAX, Overlay};
+use self::gate::{Gate, Limit};
 use crate::metrics::Metrics;
+use crate::mount_error::MountError;
 use crate::mountinfo;
 
-/// Shortest time between the starts of two refreshes.
-const REFRESH_EVERY: Duration = Duration::from_millis(200);
+/// Overlays in care at once.
+const OVERLAYS_MAX: usize = 64;
 
-/// Why an overlay could not be had, or left.
-#[derive(Debug, thiserror::Error)]
-pub enum OverlayError {
-    /// What was asked for cannot work, or would hurt.
-    #[error("{path}: {reason}", path = path.display())]
-    Refused {
-        /// The directory at fault.
-        path: PathBuf,
-        /// Why, and what to do.
-        reason: String,
-    },
-    /// There is no overlay in care here.
-    #[error("{path} is not an overlay over this mount", path = path.display())]
-    Unknown {
-        /// Where it should be.
-        path: PathBuf,
-    },
-    /// The overlay is in use.
-    #[error("{path} is in use; stop what runs there, or detach it with --lazy", path = path.display())]
-    Busy {
-        /// Where it is mounted.
-        path: PathBuf,
-    },
-    /// The kernel refused.
-    #[error("{operation} {path}", path = path.display())]
-    Kernel {
-        /// The operation, as a verb.
-        operation: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// What it said.
-        #[source]
-        source: io::Error,
-    },
-}
+// With every overlay stuck, the 512 threads that the runtime has for such work still serve the cache.
+const _: () = assert!(OVERLAYS_MAX * (LOOKS_MAX + 1) < 384, "threads are left");
 
-impl OverlayError {
-    fn kernel(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
-        let path = path.to_owned();
-        move |source| Self::Kernel { operation, path, source }
-    }
-}
+/// Longest wait for an overlay to be mounted, adopted or unmounted. What was begun by then is still done.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the daemon itself needs, and must not hide under its own mounts.
 #[derive(Clone, Debug)]
@@ -96,38 +64,15 @@ pub struct Overlays {
     // Held for a look or a change, never while the kernel works.
     table: Mutex<BTreeMap<PathBuf, Arc<Overlay>>>,
     // Mounting and unmounting take turns.
-    changing: tokio::sync::Mutex<()>,
-    refresher: Refresher,
+    changes: Gate,
     metrics: Metrics,
-}
-
-struct Overlay {
-    info: OverlayInfo,
-    /// A clone of the mount, attached nowhere.
-    tree: OwnedFd,
-}
-
-#[derive(Default)]
-struct Refresher {
-    /// Refreshes asked for so far.
-    asked: AtomicU64,
-    /// All that were asked for up to this one have been done.
-    done: AtomicU64,
-    /// Held during a refresh; when the last one began.
-    turn: tokio::sync::Mutex<Option<Instant>>,
 }
 
 impl Overlays {
     /// No overlays yet, over this daemon's mount.
     #[must_use]
     pub fn new(own: Own, metrics: &Metrics) -> Self {
-        Self {
-            own,
-            table: Mutex::default(),
-            changing: tokio::sync::Mutex::default(),
-            refresher: Refresher::default(),
-            metrics: metrics.clone(),
-        }
+        Self { own, table: Mutex::default(), changes: Gate::new(1), metrics: metrics.clone() }
     }
 
     /// The overlays, in order of where they are mounted.
@@ -136,35 +81,34 @@ impl Overlays {
         self.table().values().map(|overlay| overlay.info.clone()).collect()
     }
 
-    /// Mounts an overlay and takes it into care. Not cancel safe: run it to its end.
+    /// Mounts an overlay and takes it into care. Cancel safe: what has begun is done all the same.
     ///
     /// # Errors
-    /// When it would hurt, or the kernel refuses.
+    /// When it would hurt, the kernel refuses, or it takes too long.
     pub async fn up(
         self: &Arc<Self>,
         upper: PathBuf,
         work: PathBuf,
         merged: PathBuf,
-    ) -> Result<OverlayInfo, OverlayError> {
-        let _turn = self.changing.lock().await;
-        let this = Arc::clone(self);
-        blocking(move || {
+    ) -> Result<OverlayInfo, MountError> {
+        let (this, at) = (Arc::clone(self), merged.clone());
+        self.change("mount an overlay on", &at, move || {
             let plan = checks::plan(&this.own, &upper, &work, &merged)?;
-            match mountinfo::mount_on(&plan.merged).map_err(OverlayError::kernel("find mounts on", &plan.merged))? {
+            match mountinfo::mount_on(&plan.merged).map_err(MountError::kernel("find mounts on", &plan.merged))? {
                 Some(mount) if this.is_orphan(&mount) => {
                     tracing::warn!(merged = %plan.merged.display(), "detached the overlay of a daemon that is gone");
-                    kernel::unmount(&plan.merged, true).map_err(OverlayError::kernel("detach", &plan.merged))?;
+                    kernel::unmount(&plan.merged, true).map_err(MountError::kernel("detach", &plan.merged))?;
                 }
                 Some(mount) if mount.fs_type == "overlay" => {
-                    let reason = "an overlay is mounted here already; adopt it, or unmount it first".into();
-                    return Err(OverlayError::Refused { path: plan.merged, reason });
+                    let reason = "an overlay is mounted here already; adopt it, or unmount it first";
+                    return Err(MountError::refused(&plan.merged, reason));
                 }
                 _ => {}
             }
             kernel::mount(&this.own.lower, &plan).map_err(|source| {
                 // Three file systems on top of each other are one too many for the kernel.
                 let operation = "mount an overlay (see the kernel's log; the upper may not lie on an overlay) on";
-                OverlayError::Kernel { operation, path: plan.merged.clone(), source }
+                MountError::Kernel { operation, path: plan.merged.clone(), source }
             })?;
             this.take(&plan.merged, plan.upper, Some(plan.work), false)
         })
@@ -174,41 +118,48 @@ impl Overlays {
     /// Takes an overlay into care that somebody else has mounted over this daemon's mount.
     ///
     /// # Errors
-    /// When there is none.
-    pub async fn adopt(self: &Arc<Self>, merged: PathBuf) -> Result<OverlayInfo, OverlayError> {
-        let _turn = self.changing.lock().await;
-        let this = Arc::clone(self);
-        blocking(move || {
+    /// When there is none, or it takes too long.
+    pub async fn adopt(self: &Arc<Self>, merged: PathBuf) -> Result<OverlayInfo, MountError> {
+        let (this, at) = (Arc::clone(self), merged.clone());
+        self.change("adopt", &at, move || {
             let merged = checks::canonical(&merged)?;
-            let mount = mountinfo::mount_on(&merged).map_err(OverlayError::kernel("find mounts on", &merged))?;
+            let mount = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
             let mount = mount.filter(|mount| this.is_ours(mount));
-            let mount = mount.ok_or_else(|| OverlayError::Unknown { path: merged.clone() })?;
+            let mount = mount.ok_or_else(|| MountError::Unknown { path: merged.clone() })?;
             if mountinfo::is_dead(&merged) {
                 let reason = "this overlay lies over the mount of a daemon that is gone; unmount it, and mount it anew";
-                return Err(OverlayError::Refused { path: merged, reason: reason.into() });
+                return Err(MountError::refused(&merged, reason));
             }
-            let upper = mount.option("upperdir").ok_or_else(|| OverlayError::Refused {
-                path: merged.clone(),
-                reason: "a read-only overlay needs no care".into(),
-            })?;
+            let upper = mount.option("upperdir");
+            let upper = upper.ok_or_else(|| MountError::refused(&merged, "a read-only overlay needs no care"))?;
             this.take(&merged, upper, mount.option("workdir"), true)
         })
         .await
     }
 
-    /// Unmounts an overlay, also one of a daemon that is gone. Not cancel safe: run it to its end.
+    /// Unmounts an overlay, also one of a daemon that is gone. Cancel safe: what has begun is done all the same.
     ///
     /// # Errors
-    /// When there is none, or it is in use and `lazy` is not set.
-    pub async fn down(self: &Arc<Self>, merged: PathBuf, lazy: bool) -> Result<(), OverlayError> {
-        let _turn = self.changing.lock().await;
-        let this = Arc::clone(self);
-        blocking(move || this.down_blocking(&merged, lazy)).await
+    /// When there is none, it is in use and `lazy` is not set, or it takes too long.
+    pub async fn down(self: &Arc<Self>, merged: PathBuf, lazy: bool) -> Result<(), MountError> {
+        let (this, at) = (Arc::clone(self), merged.clone());
+        self.change("unmount", &at, move || this.down_blocking(&merged, lazy)).await
     }
 
-    fn down_blocking(&self, merged: &Path, lazy: bool) -> Result<(), OverlayError> {
+    /// Does this to an overlay once it has its turn.
+    async fn change<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        path: &Path,
+        work: impl FnOnce() -> Result<T, MountError> + Send + 'static,
+    ) -> Result<T, MountError> {
+        let limit = Limit::new(CHANGE_TIMEOUT);
+        self.changes.run(limit, work).await.unwrap_or_else(|| Err(limit.late(operation, path)))
+    }
+
+    fn down_blocking(&self, merged: &Path, lazy: bool) -> Result<(), MountError> {
         let merged = checks::canonical(merged)?;
-        let mount = mountinfo::mount_on(&merged).map_err(OverlayError::kernel("find mounts on", &merged))?;
+        let mount = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
         if !mount.as_ref().is_some_and(|mount| self.is_ours(mount)) {
             return self.down_elsewhere(merged, mount.as_ref());
         }
@@ -224,18 +175,18 @@ impl Overlays {
                     self.table().insert(merged.clone(), overlay);
                 }
                 if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) {
-                    Err(OverlayError::Busy { path: merged })
+                    Err(MountError::Busy { path: merged })
                 } else {
-                    Err(OverlayError::kernel("unmount", &merged)(error))
+                    Err(MountError::kernel("unmount", &merged)(error))
                 }
             }
         }
     }
 
     /// Takes down an overlay that is not what is seen where it was mounted.
-    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&mountinfo::MountInfo>) -> Result<(), OverlayError> {
+    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&mountinfo::MountInfo>) -> Result<(), MountError> {
         match mount {
-            _ if !self.table().contains_key(&merged) => Err(OverlayError::Unknown { path: merged }),
+            _ if !self.table().contains_key(&merged) => Err(MountError::Unknown { path: merged }),
             // Somebody has unmounted it already.
             None => {
                 self.table().remove(&merged);
@@ -245,7 +196,7 @@ impl Overlays {
             Some(mount) => {
                 let reason =
                     format!("a mount of type {} that is not the overlay is on it; unmount that first", mount.fs_type);
-                Err(OverlayError::Refused { path: merged, reason })
+                Err(MountError::Refused { path: merged, reason })
             }
         }
     }
@@ -257,7 +208,7 @@ impl Overlays {
             let merged = info.merged.display();
             match self.down_blocking(&info.merged, false) {
                 Ok(()) => {}
-                Err(OverlayError::Busy { .. }) => {
+                Err(MountError::Busy { .. }) => {
                     tracing::warn!(%merged, "overlay is in use, detached");
                     if let Err(error) = self.down_blocking(&info.merged, true) {
                         tracing::error!(%merged, error = crate::error::chain(&error), "detach the overlay");
@@ -274,68 +225,26 @@ impl Overlays {
     /// Makes all overlays forget which names did not exist. Returns how many there are. Cancel safe.
     ///
     /// # Errors
-    /// When one cannot be refreshed.
-    pub async fn refresh(&self) -> Result<usize, OverlayError> {
-        let ticket = self.refresher.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut began = self.refresher.turn.lock().await;
-        if self.refresher.done.load(Ordering::SeqCst) >= ticket {
-            return Ok(self.table().len());
-        }
-        if let Some(before) = *began {
-            tokio::time::sleep_until(before + REFRESH_EVERY).await;
-        }
-        *began = Some(Instant::now());
-        let covers = self.refresher.asked.load(Ordering::SeqCst);
-        // Only now: whoever asks from here on, for an overlay that is not among these, gets a refresh of its own.
+    /// When one cannot be refreshed, or not in time; the others are all the same.
+    pub async fn refresh(&self, limit: Duration) -> Result<usize, MountError> {
+        let limit = Limit::new(limit);
         let overlays = self.all();
-        let count = overlays.len();
-        self.metrics.overlay_refreshes.inc();
-        blocking(move || {
-            for overlay in overlays {
-                kernel::refresh(&overlay.tree).map_err(OverlayError::kernel("refresh", &overlay.info.merged))?;
-            }
-            Ok(())
-        })
-        .await?;
-        self.refresher.done.store(covers, Ordering::SeqCst);
-        Ok(count)
+        let refreshed = join_all(overlays.iter().map(|overlay| overlay.refresh(limit))).await;
+        refreshed.into_iter().collect::<Result<(), _>>()?;
+        Ok(overlays.len())
     }
 
     /// Makes sure that these names, which the lower has now, are seen through every overlay. Returns the first that is
     /// not, when the time is up or when it never will be. Cancel safe.
     ///
     /// # Errors
-    /// When an overlay cannot be looked through or refreshed.
-    pub async fn show(&self, names: &[String], limit: Duration) -> Result<Option<String>, OverlayError> {
-        let until = Instant::now() + limit;
-        let mut hidden: Vec<(Arc<Overlay>, String)> = Vec::new();
-        for overlay in self.all() {
-            hidden.extend(names.iter().map(|name| (Arc::clone(&overlay), name.clone())));
-        }
-        loop {
-            let looked = blocking(move || {
-                let mut still = Vec::new();
-                for (overlay, name) in hidden {
-                    let seen = kernel::look(&overlay.info.upper, &overlay.tree, &name);
-                    match seen.map_err(OverlayError::kernel("look through", &overlay.info.merged))? {
-                        Seen::Yes => {}
-                        Seen::Never => return Ok((Vec::new(), Some(name))),
-                        Seen::NotYet => still.push((overlay, name)),
-                    }
-                }
-                Ok((still, None))
-            });
-            let (still, never) = looked.await?;
-            if never.is_some() {
-                return Ok(never);
-            }
-            let Some((_, first)) = still.first() else { return Ok(None) };
-            if Instant::now() >= until {
-                return Ok(Some(first.clone()));
-            }
-            self.refresh().await?;
-            hidden = still;
-        }
+    /// When an overlay cannot be looked through or refreshed, or not in time; the others are all the same.
+    pub async fn show(&self, names: &[String], limit: Duration) -> Result<Option<String>, MountError> {
+        let limit = Limit::new(limit);
+        let overlays = self.all();
+        let shown = join_all(overlays.iter().map(|overlay| overlay.show(names.to_vec(), limit))).await;
+        let hidden: Vec<Option<String>> = shown.into_iter().collect::<Result<_, _>>()?;
+        Ok(hidden.into_iter().flatten().next())
     }
 
     fn take(
@@ -344,23 +253,25 @@ impl Overlays {
         upper: PathBuf,
         work: Option<PathBuf>,
         adopted: bool,
-    ) -> Result<OverlayInfo, OverlayError> {
-        let give_up = |_: &OverlayError| {
+    ) -> Result<OverlayInfo, MountError> {
+        let give_up = |_: &MountError| {
             if !adopted {
                 let _ = kernel::unmount(merged, true);
             }
         };
-        let tree = kernel::clone_tree(merged).map_err(OverlayError::kernel("clone the mount on", merged));
+        let is_full = self.table().len() >= OVERLAYS_MAX && !self.table().contains_key(merged);
+        let full = is_full.then(|| MountError::refused(merged, format!("{OVERLAYS_MAX} overlays are in care already")));
+        full.map_or(Ok(()), Err).inspect_err(give_up)?;
+        let tree = kernel::clone_tree(merged).map_err(MountError::kernel("clone the mount on", merged));
         let tree = tree.inspect_err(give_up)?;
         let store_uri = self.store_uri(merged, &upper);
         let (lower, at) = (self.own.lower.clone(), merged.to_owned());
         let info = OverlayInfo { merged: at, lower, upper, work, adopted, store_uri };
-        let overlay = Arc::new(Overlay { info: info.clone(), tree });
+        let overlay = Arc::new(Overlay::new(info.clone(), tree, &self.metrics));
         self.table().insert(merged.to_owned(), Arc::clone(&overlay));
         // A path may have been called valid while nobody looked through this overlay, which may have been told before
         // that it does not exist. From the table on it is looked through; what it believes of the time before goes.
-        let refreshed = kernel::refresh(&overlay.tree).map_err(OverlayError::kernel("refresh", merged));
-        let refreshed = refreshed.inspect_err(|error| {
+        let refreshed = overlay.refresh_now().inspect_err(|error| {
             self.table().remove(merged);
             give_up(error);
         });
@@ -403,11 +314,4 @@ impl Overlays {
     fn table(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<Overlay>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Runs work that may wait for the kernel, and through it for this daemon's own answers, away from the runtime.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, OverlayError> + Send + 'static,
-) -> Result<T, OverlayError> {
-    joined(tokio::task::spawn_blocking(work)).await
 }

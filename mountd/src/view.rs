@@ -27,7 +27,8 @@ use tokio::time::Instant;
 use self::negative::Negative;
 use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
-use crate::overlay::{OverlayError, Overlays};
+use crate::mount_error::MountError;
+use crate::overlay::Overlays;
 use crate::remote::RemoteError;
 use crate::trust::{TrustedKeys, TrustedRecord, Untrusted};
 
@@ -37,6 +38,9 @@ const RECORDS_KEPT: usize = 100_000;
 /// Look-ups of unknown names at the server at once; further ones wait. A program that probes a store directory at
 /// random is slowed down by this, never told a falsehood.
 const LOOKUPS_MAX: usize = 32;
+
+/// Paths that are looked for through the overlays in one go.
+const SHOWN_AT_ONCE: usize = 256;
 
 /// With [`OnOutage::Build`]: how long a look-up waits for the server before the name does not exist.
 const OUTAGE_WAIT: Duration = Duration::from_secs(2);
@@ -98,7 +102,7 @@ pub enum ViewError {
     },
     /// An overlay could not be refreshed.
     #[error("refresh the overlays")]
-    Overlay(#[source] OverlayError),
+    Overlay(#[source] MountError),
     /// The time was up.
     #[error("no answer within {limit_ms} ms")]
     Deadline {
@@ -303,25 +307,20 @@ impl View {
     pub async fn show(&self, paths: &[StorePath]) -> Result<(), ViewError> {
         let inner = &self.inner;
         let noted: Vec<&StorePath> = paths.iter().filter(|path| inner.negative.contains(path)).collect();
-        if noted.is_empty() {
-            return Ok(());
-        }
-        let names: Vec<String> = noted.iter().map(ToString::to_string).collect();
         let limit = inner.settings.deadline;
-        let shown = inner.overlays.show(&names, limit).await;
-        match shown.map_err(ViewError::Overlay)? {
-            None => {
-                for path in &noted {
-                    inner.negative.seen(path);
-                }
-                inner.metrics.paths_healed.inc_by(noted.len() as u64);
-                Ok(())
-            }
-            Some(hidden) => {
+        // Each part has the whole time: a closure of thousands is no less alive for taking longer than a path.
+        for part in noted.chunks(SHOWN_AT_ONCE) {
+            let names: Vec<String> = part.iter().map(ToString::to_string).collect();
+            let shown = inner.overlays.show(&names, limit).await;
+            if let Some(hidden) = shown.map_err(ViewError::Overlay)? {
                 let path = format!("{}/{hidden}", self.store_dir().as_str());
-                Err(ViewError::Hidden { path, limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX) })
+                let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+                return Err(ViewError::Hidden { path, limit_ms });
             }
+            part.iter().for_each(|path| inner.negative.seen(path));
+            inner.metrics.paths_healed.inc_by(part.len() as u64);
         }
+        Ok(())
     }
 
     /// Refreshes overlays because a human or Nix asks for it: afterwards no name is negative in them.
@@ -329,7 +328,7 @@ impl View {
     /// # Errors
     /// When one cannot be refreshed.
     pub async fn refresh(&self) -> Result<usize, ViewError> {
-        self.inner.overlays.refresh().await.map_err(ViewError::Overlay)
+        self.inner.overlays.refresh(self.inner.settings.deadline).await.map_err(ViewError::Overlay)
     }
 
     fn verify(&self, record: PathRecord) -> Result<TrustedRecord, Untrusted> {

@@ -13,47 +13,11 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount2, unmount as unmount2};
 
+use crate::mount_error::MountError;
 use crate::mountinfo;
 
 /// How the kernel calls this kind of mount.
 const FS_TYPE: &str = "fuse.narlake";
-
-/// Why there is no mount.
-#[derive(Debug, thiserror::Error)]
-pub enum MountError {
-    /// Something else is mounted there.
-    #[error("{path} is a mount point already ({fs_type}); unmount it, or choose another directory", path = path.display())]
-    Occupied {
-        /// The directory.
-        path: PathBuf,
-        /// What is there.
-        fs_type: String,
-    },
-    /// The path would confuse Nix, which compares it as text.
-    #[error("{path} must be an absolute path without symlinks, commas, colons or blanks", path = path.display())]
-    Path {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The kernel refused.
-    #[error("{operation} {path}", path = path.display())]
-    Kernel {
-        /// The operation, as a verb.
-        operation: &'static str,
-        /// The directory or device.
-        path: PathBuf,
-        /// What it said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl MountError {
-    fn kernel(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
-        let path = path.to_owned();
-        move |source| Self::Kernel { operation, path, source }
-    }
-}
 
 /// A mount of ours.
 #[derive(Debug)]
@@ -69,21 +33,27 @@ pub struct Mount {
 /// # Errors
 /// When the directory cannot be used.
 pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
-    let parent = dir.parent().filter(|_| dir.is_absolute()).ok_or_else(|| MountError::Path { path: dir.to_owned() })?;
+    let odd = |path: &Path| {
+        // Nix compares it as text.
+        MountError::refused(path, "must be an absolute path without symlinks, commas, colons or blanks")
+    };
+    let parent = dir.parent().filter(|_| dir.is_absolute()).ok_or_else(|| odd(dir))?;
     std::fs::create_dir_all(parent).map_err(MountError::kernel("make", parent))?;
     // Up to the parent: a mount whose daemon is gone cannot be looked at.
     let parent = std::fs::canonicalize(parent).map_err(MountError::kernel("resolve", parent))?;
     let dir = match dir.file_name() {
         Some(name) => parent.join(name),
-        None => return Err(MountError::Path { path: dir.to_owned() }),
+        None => return Err(odd(dir)),
     };
     if dir.to_str().is_none_or(|text| text.contains([',', ':', '\\', ' ', '\n'])) {
-        return Err(MountError::Path { path: dir });
+        return Err(odd(&dir));
     }
     while let Some(mount) = mountinfo::mount_on(&dir).map_err(MountError::kernel("find mounts on", &dir))? {
         let is_dead = mount.fs_type == FS_TYPE && mountinfo::is_dead(&dir);
         if !is_dead {
-            return Err(MountError::Occupied { path: dir, fs_type: mount.fs_type });
+            let reason =
+                format!("is a mount point already ({}); unmount it, or choose another directory", mount.fs_type);
+            return Err(MountError::refused(&dir, reason));
         }
         tracing::warn!(mount = %dir.display(), "detached the mount of a daemon that is gone");
         unmount2(&dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
@@ -91,7 +61,7 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
     }
     match std::fs::symlink_metadata(&dir) {
         Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => return Err(MountError::Path { path: dir }),
+        Ok(_) => return Err(odd(&dir)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             std::fs::create_dir(&dir).map_err(MountError::kernel("make", &dir))?;
         }

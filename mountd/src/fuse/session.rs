@@ -9,7 +9,8 @@ use fuser::{Config, Session, SessionACL};
 use tokio::sync::watch;
 
 use super::Shim;
-use super::mount::{Mount, MountError, prepare};
+use super::mount::{Mount, prepare};
+use crate::mount_error::MountError;
 
 /// Threads that read messages. They only hand them on.
 const THREADS: usize = 2;

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{OverlayError, Overlays, Own};
+use super::{Overlays, Own};
+use crate::mount_error::MountError;
 
 /// `OVERLAYFS_SUPER_MAGIC` of the kernel.
 const OVERLAY_MAGIC: i64 = 0x794c_7630;
@@ -20,37 +21,43 @@ pub(super) struct Plan {
     pub(super) merged: PathBuf,
 }
 
-pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Result<Plan, OverlayError> {
+pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Result<Plan, MountError> {
     for dir in [upper, work] {
         // Nothing is made inside the lower: it is read-only, and would say so less clearly.
         inside(own, dir)?;
-        fs::create_dir_all(dir).map_err(OverlayError::kernel("make", dir))?;
+        fs::create_dir_all(dir).map_err(MountError::kernel("make", dir))?;
     }
     let plan = Plan { upper: canonical(upper)?, work: canonical(work)?, merged: canonical(merged)? };
     for dir in [&plan.upper, &plan.work, &plan.merged] {
         inside(own, dir)?;
         if !dir.is_dir() {
-            return Err(refused(dir, "is not a directory"));
+            return Err(MountError::refused(dir, "is not a directory"));
         }
         // The kernel separates by the first two and unescapes the third; Nix reads the same text differently.
         if dir.to_str().is_none_or(|text| text.contains([',', ':', '\\', ' ', '\n'])) {
-            return Err(refused(dir, "overlays take no path with a comma, colon, backslash or blank in it"));
+            return Err(MountError::refused(
+                dir,
+                "overlays take no path with a comma, colon, backslash or blank in it",
+            ));
         }
         // Of all of them, so that the lower's device cannot be any of theirs either.
         if same_device(dir, &own.lower) {
-            return Err(refused(dir, "lies in the mount that the overlay is for: the daemon would wait for itself"));
+            return Err(MountError::refused(
+                dir,
+                "lies in the mount that the overlay is for: the daemon would wait for itself",
+            ));
         }
     }
-    if fs::metadata(&plan.upper).map_err(OverlayError::kernel("stat", &plan.upper))?.dev()
-        != fs::metadata(&plan.work).map_err(OverlayError::kernel("stat", &plan.work))?.dev()
+    if fs::metadata(&plan.upper).map_err(MountError::kernel("stat", &plan.upper))?.dev()
+        != fs::metadata(&plan.work).map_err(MountError::kernel("stat", &plan.work))?.dev()
     {
-        return Err(refused(&plan.work, "must be on the same file system as the upper directory"));
+        return Err(MountError::refused(&plan.work, "must be on the same file system as the upper directory"));
     }
     if plan.work.starts_with(&plan.upper) || plan.upper.starts_with(&plan.work) {
-        return Err(refused(&plan.work, "and the upper directory must not lie in each other"));
+        return Err(MountError::refused(&plan.work, "and the upper directory must not lie in each other"));
     }
     if is_overlay(&plan.upper) {
-        return Err(refused(
+        return Err(MountError::refused(
             &plan.upper,
             "lies on an overlay itself, which the kernel refuses; use a plain file system",
         ));
@@ -58,19 +65,22 @@ pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Resul
     for needed in &own.directories {
         if canonical(needed)?.starts_with(&plan.merged) {
             let reason = format!("would hide {}, which this daemon needs", needed.display());
-            return Err(OverlayError::Refused { path: plan.merged, reason });
+            return Err(MountError::refused(&plan.merged, reason));
         }
     }
     let lengths = [&own.lower, &plan.upper, &plan.work].map(|dir| dir.as_os_str().len());
     if lengths.iter().sum::<usize>() + 200 > OPTIONS_MAX {
-        return Err(refused(&plan.upper, "and the other paths are too long for the kernel's mount options"));
+        return Err(MountError::refused(
+            &plan.upper,
+            "and the other paths are too long for the kernel's mount options",
+        ));
     }
     Ok(plan)
 }
 
 /// The path as the kernel knows it.
-pub(super) fn canonical(path: &Path) -> Result<PathBuf, OverlayError> {
-    fs::canonicalize(path).map_err(OverlayError::kernel("resolve", path))
+pub(super) fn canonical(path: &Path) -> Result<PathBuf, MountError> {
+    fs::canonicalize(path).map_err(MountError::kernel("resolve", path))
 }
 
 impl Overlays {
@@ -79,14 +89,14 @@ impl Overlays {
     ///
     /// # Errors
     /// Names the path.
-    pub fn check_own(own: &Own) -> Result<(), OverlayError> {
+    pub fn check_own(own: &Own) -> Result<(), MountError> {
         own.directories.iter().chain(&own.files).try_for_each(|path| inside(own, &canonical(path)?))
     }
 }
 
-fn inside(own: &Own, path: &Path) -> Result<(), OverlayError> {
+fn inside(own: &Own, path: &Path) -> Result<(), MountError> {
     if path.starts_with(&own.lower) {
-        return Err(refused(path, "lies in the daemon's own mount: it would wait for itself"));
+        return Err(MountError::refused(path, "lies in the daemon's own mount: it would wait for itself"));
     }
     Ok(())
 }
@@ -100,8 +110,4 @@ fn is_overlay(path: &Path) -> bool {
     #[expect(clippy::useless_conversion, reason = "the type of f_type differs between architectures")]
     let magic = rustix::fs::statfs(path).map(|stat| i64::try_from(stat.f_type).unwrap_or(0));
     magic == Ok(OVERLAY_MAGIC)
-}
-
-fn refused(path: &Path, reason: &str) -> OverlayError {
-    OverlayError::Refused { path: path.to_owned(), reason: reason.into() }
 }

@@ -56,8 +56,9 @@ impl View {
         closures.missing.retain(|hash| !missing.iter().any(|path| path.starts_with(hash.as_str())));
         closures.missing.extend(missing);
         let show: Vec<StorePath> = found.into_iter().collect();
-        self.show(&show).await?;
+        // Whoever looks through an overlay for them needs their trees.
         self.warm(&closures.records).await;
+        self.show(&show).await?;
         Ok(closures)
     }
 

@@ -1,4 +1,4 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `stop`).
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `stop`, `stuck`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
 //! ops/test looks for.
@@ -11,3 +11,4 @@ mod overlay;
 mod server;
 mod stop;
 mod store;
+mod stuck;

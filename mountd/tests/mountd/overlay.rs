@@ -8,15 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use narlake_format::api::control::OverlayInfo;
+use narlake_mountd::mount_error::MountError;
 use narlake_mountd::mountinfo;
-use narlake_mountd::overlay::OverlayError;
+
 use narlake_mountd::view::ViewError;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::kit::{Mounted, World, dir, file, noise, outside, program};
 
 /// An overlay of this test: `<name>/{upper,work,merged}` beside the mount.
-async fn up(mounted: &Mounted, name: &str) -> Result<OverlayInfo, OverlayError> {
+async fn up(mounted: &Mounted, name: &str) -> Result<OverlayInfo, MountError> {
     let base = mounted.dir.join(name);
     fs::create_dir_all(base.join("merged")).unwrap();
     let overlays = mounted.daemon.as_ref().unwrap().overlays();
@@ -27,9 +28,9 @@ fn view(mounted: &Mounted) -> &narlake_mountd::view::View {
     mounted.daemon.as_ref().unwrap().view()
 }
 
-fn refusal(result: Result<OverlayInfo, OverlayError>) -> String {
+fn refusal(result: Result<OverlayInfo, MountError>) -> String {
     match result {
-        Err(OverlayError::Refused { reason, .. }) => reason,
+        Err(MountError::Refused { reason, .. }) => reason,
         other => panic!("{other:?}"),
     }
 }
@@ -58,11 +59,11 @@ async fn options_are_as_documented() {
     assert_eq!(overlays.list(), std::slice::from_ref(&info));
     assert!(info.store_uri.contains(&format!("%3Freal={}", mounted.mount.display())), "{}", info.store_uri);
     // A refresh keeps what a remount would drop.
-    assert_eq!(overlays.refresh().await.unwrap(), 1);
+    assert_eq!(overlays.refresh(Duration::from_secs(10)).await.unwrap(), 1);
     assert_eq!(lines(), line);
     overlays.down(info.merged.clone(), false).await.unwrap();
     assert!(mountinfo::mount_on(&info.merged).unwrap().is_none());
-    assert!(matches!(overlays.down(info.merged.clone(), false).await, Err(OverlayError::Unknown { .. })));
+    assert!(matches!(overlays.down(info.merged.clone(), false).await, Err(MountError::Unknown { .. })));
     mounted.stop().await;
 }
 
@@ -240,7 +241,7 @@ async fn overlays_of_others_are_adopted() {
     }
     let merged = base.join("merged");
     let overlays = mounted.daemon.as_ref().unwrap().overlays().clone();
-    assert!(matches!(overlays.adopt(merged.clone()).await, Err(OverlayError::Unknown { .. })));
+    assert!(matches!(overlays.adopt(merged.clone()).await, Err(MountError::Unknown { .. })));
     let options = format!(
         "lowerdir={},upperdir={},workdir={},metacopy=on,redirect_dir=on",
         mounted.mount.display(),
@@ -274,7 +275,7 @@ async fn busy_overlays_stay_unless_told_otherwise() {
     let at = merged.join(path.to_string());
     let held = outside(move || fs::File::open(at).unwrap()).await;
     let overlays = mounted.daemon.as_ref().unwrap().overlays();
-    assert!(matches!(overlays.down(merged.clone(), false).await, Err(OverlayError::Busy { .. })));
+    assert!(matches!(overlays.down(merged.clone(), false).await, Err(MountError::Busy { .. })));
     assert_eq!(overlays.list().len(), 1);
     overlays.down(merged.clone(), true).await.unwrap();
     assert!(overlays.list().is_empty() && mountinfo::mount_on(&merged).unwrap().is_none());
