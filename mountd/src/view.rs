@@ -240,13 +240,37 @@ impl View {
     pub async fn lookup(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
         // Into NEG before anything is asked: from here on, whoever calls this path valid looks through the overlays
         // first, whatever answer is on its way to the kernel now.
-        let fresh = self.inner.negative.insert(path);
+        let asking = self.inner.negative.ask(path);
+        if asking.owes {
+            self.pay();
+        }
         let found = self.lookup_noted(path).await;
-        // An answer that fails leaves nothing behind in the kernel.
-        if fresh && !matches!(found, Ok(None)) {
-            self.inner.negative.take_back(path);
+        // Any other answer leaves nothing behind in the kernel.
+        if matches!(found, Ok(None)) {
+            asking.absent();
         }
         found
+    }
+
+    /// Sees to the refresh that is owed since NEG was full: again if that happens again, or if an overlay cannot be
+    /// refreshed. Meanwhile paths cost a look through the overlays, and nothing is wrong.
+    fn pay(&self) {
+        let inner = Arc::downgrade(&self.inner);
+        tokio::spawn(async move {
+            while let Some(due) = inner.upgrade().and_then(|inner| inner.negative.due()) {
+                tokio::time::sleep_until(due).await;
+                let Some(inner) = inner.upgrade() else { return };
+                let (view, began) = (Self { inner }, Instant::now());
+                match view.refresh().await {
+                    Ok(_) => view.inner.negative.paid(began),
+                    Err(error) => {
+                        let error = crate::error::chain(&error);
+                        tracing::warn!(error, "refresh the overlays, for names that were forgotten");
+                        tokio::time::sleep(negative::SETTLE).await;
+                    }
+                }
+            }
+        });
     }
 
     async fn lookup_noted(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {

@@ -230,6 +230,44 @@ async fn refreshes_are_shared() {
     mounted.stop().await;
 }
 
+/// More names than NEG holds: one refresh, and then paths that nobody looked for cost no look through the overlays again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overflow_costs_one_refresh() {
+    let world = World::new().await;
+    let Some(mounted) = world.mount().await else { return };
+    let merged = up(&mounted, "a").await.unwrap().merged;
+    let forgotten = World::path("forgotten");
+    let at = merged.join(forgotten.to_string());
+    let looked = at.clone();
+    outside(move || assert!(!looked.exists())).await;
+    world.push("forgotten", &file(b"x"), &[]).await;
+    let view = view(&mounted).clone();
+    for number in 0..65_536 {
+        // Names that are answered from memory.
+        assert!(view.lookup(&World::path(&format!("{number}.lock"))).await.unwrap().is_none());
+    }
+    assert!(view.negative_len() < 10);
+    // It is none of those that are remembered, and is not called valid unseen.
+    let before = world.messages("lookup");
+    view.valid(&forgotten).await.unwrap().unwrap();
+    assert!(world.messages("lookup") > before);
+    let looked = at.clone();
+    outside(move || assert!(looked.exists())).await;
+    let refreshed = world.metrics.overlay_refreshes.get();
+    let began = Instant::now();
+    while world.metrics.overlay_refreshes.get() == refreshed {
+        assert!(began.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let fresh = world.push("fresh", &file(b"x"), &[]).await;
+    let before = world.messages("lookup");
+    view.valid(&fresh).await.unwrap().unwrap();
+    assert_eq!((world.messages("lookup"), world.metrics.overlay_refreshes.get()), (before, refreshed + 1));
+    drop(view);
+    mounted.stop().await;
+}
+
 /// Another daemon, or a person, may mount an overlay; its names are healed once it is in care.
 #[tokio::test(flavor = "multi_thread")]
 async fn overlays_of_others_are_adopted() {
