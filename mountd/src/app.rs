@@ -21,6 +21,7 @@ use crate::fs::{LazyStore, StoreSettings};
 use crate::fuse::Shim;
 use crate::fuse::mount;
 use crate::fuse::session::Serving;
+use crate::metadata::{Blobs, Metadata, Records};
 use crate::metrics::Metrics;
 use crate::metrics_page;
 use crate::nix_socket::{NixSocket, listen};
@@ -181,15 +182,17 @@ impl Daemon {
             directories: vec![config.cache_dir.clone()],
             files: own_files(config)?,
         };
-        let (cache, nodes) = blocking({
+        let (cache, nodes, metadata) = blocking({
             let (dir, metrics, own) = (config.cache_dir.clone(), metrics.clone(), own.clone());
+            let (keys, metadata_bytes) = (keys.clone(), config.metadata_bytes);
             let settings = CacheSettings { bytes_max: config.cache_bytes };
             move || -> anyhow::Result<_> {
                 let cache = Cache::open(&dir, settings, &metrics)?;
                 Overlays::check_own(&own)?;
                 let nodes = NodeTable::open(&dir.join("nodes"), cache.booted_since())?;
                 metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
-                Ok((Arc::new(cache), Arc::new(nodes)))
+                let metadata = Metadata::open(&dir, metadata_bytes, keys, &metrics).context("open the metadata")?;
+                Ok((Arc::new(cache), Arc::new(nodes), Arc::new(metadata)))
             }
         })
         .await??;
@@ -201,11 +204,13 @@ impl Daemon {
             ..FetchSettings::default()
         };
         let fetcher = Fetcher::new(blobs, fetch);
+        let records: Arc<dyn RecordSource> = Arc::new(Records::new(records, Arc::clone(&metadata)));
+        let blobs = Blobs::new(fetcher.clone(), metadata);
         let settings = ViewSettings { deadline: inside(config.deadline, 1), on_outage: config.on_outage };
-        let view =
-            View::new(records, keys, (fetcher.clone(), Arc::clone(&nodes), Arc::clone(&overlays)), settings, metrics);
+        let parts = (blobs.clone(), Arc::clone(&nodes), Arc::clone(&overlays));
+        let view = View::new(records, keys, parts, settings, metrics);
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };
-        let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &fetcher, Arc::clone(&cache), settings, metrics);
+        let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &blobs, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
         let nix_listener = listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
         let control_listener = listen(&config.control).with_context(|| at("listen on", &config.control))?;

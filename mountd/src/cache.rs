@@ -7,6 +7,7 @@
 //! <dir>/hot/<2>/<id>     complete files, by ContentId; their first two digits make the directory
 //! <dir>/partial/<id>     files of which some chunks are there; sparse
 //! <dir>/partial/<id>.map which ones
+//! <dir>/metadata/        what describes it (crate::metadata)
 //! <dir>/tmp/             files being written
 //! ```
 //!

@@ -58,6 +58,9 @@ pub struct Settings {
     /// Most bytes of the cache on disk [default: 20 GiB]
     #[arg(long, env = "NARLAKE_MOUNTD_CACHE_BYTES", value_name = "N", help_heading = "Limits")]
     pub cache_bytes: Option<u64>,
+    /// Most bytes of metadata on disk, with which the view goes on when the server does not answer [default: 1 GiB]
+    #[arg(long, env = "NARLAKE_MOUNTD_METADATA_BYTES", value_name = "N", help_heading = "Limits")]
+    pub metadata_bytes: Option<u64>,
     /// Most bytes of memory for trees of store objects [default: 128 MiB]
     #[arg(long, env = "NARLAKE_MOUNTD_TREE_BYTES", value_name = "N", help_heading = "Limits")]
     pub tree_bytes: Option<u64>,
@@ -95,6 +98,8 @@ pub struct Config {
     pub control: PathBuf,
     /// Most bytes of the cache.
     pub cache_bytes: u64,
+    /// Most bytes of metadata on disk.
+    pub metadata_bytes: u64,
     /// Most bytes of trees in memory.
     pub tree_bytes: u64,
     /// Most bytes of decoded frames in memory.
@@ -173,6 +178,7 @@ impl Settings {
             nix_socket: self.nix_socket.or(under.nix_socket),
             control: self.control.or(under.control),
             cache_bytes: self.cache_bytes.or(under.cache_bytes),
+            metadata_bytes: self.metadata_bytes.or(under.metadata_bytes),
             tree_bytes: self.tree_bytes.or(under.tree_bytes),
             frame_bytes: self.frame_bytes.or(under.frame_bytes),
             metrics_listen: self.metrics_listen.or(under.metrics_listen),
@@ -223,6 +229,7 @@ impl Settings {
             nix_socket: absolute(self.nix_socket, "--nix-socket")?,
             control: absolute(self.control, "--control")?,
             cache_bytes: self.cache_bytes.unwrap_or(20 << 30),
+            metadata_bytes: self.metadata_bytes.unwrap_or(1 << 30),
             tree_bytes: self.tree_bytes.unwrap_or(128 << 20),
             frame_bytes: self.frame_bytes.unwrap_or(64 << 20),
             metrics_listen: self.metrics_listen,

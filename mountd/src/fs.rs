@@ -21,7 +21,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::nix::store_path::StorePath;
-use narlake_storage::fetch::Fetcher;
 
 use self::attr::{Attr, Kind};
 use self::error::FsError;
@@ -29,6 +28,7 @@ use self::nodes::{NodeId, NodeTable, ObjectKey};
 use self::objects::{Object, Objects};
 use self::tree::EntryNumber;
 use crate::cache::Cache;
+use crate::metadata::Blobs;
 use crate::metrics::Metrics;
 use crate::reader::Reader;
 use crate::view::View;
@@ -91,13 +91,13 @@ impl LazyStore {
     pub fn new(
         view: View,
         nodes: Arc<NodeTable>,
-        fetcher: &Fetcher,
+        blobs: &Blobs,
         cache: Arc<Cache>,
         settings: StoreSettings,
         metrics: &Metrics,
     ) -> Self {
-        let objects = Objects::new(fetcher.clone(), view.clone(), settings.tree_bytes, metrics);
-        let reader = Reader::new(fetcher.clone(), cache, metrics);
+        let objects = Objects::new(blobs.clone(), view.clone(), settings.tree_bytes, metrics);
+        let reader = Reader::new(blobs.fetcher().clone(), cache, metrics);
         Self { inner: Arc::new(Inner { view, nodes, objects, reader, settings, metrics: metrics.clone() }) }
     }
 

@@ -8,7 +8,7 @@
 //! | [`fs`] | the file system: names and nodeids in, attributes and bytes out |
 //! | [`view`] | which store paths there are, and what the kernel believes about them |
 //! | [`reader`] | a file's range to its bytes |
-//! | [`cache`] | file content on the local disk |
+//! | [`cache`], [`metadata`] | file content, and what describes it, on the local disk |
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
 //! | [`overlay`], [`mountinfo`], [`mount_error`] | overlays over the mount, and mounts in general |
 //! | [`nix_socket`] | what Nix asks its lower store |
@@ -26,6 +26,8 @@ pub mod control;
 pub mod error;
 pub mod fs;
 pub mod fuse;
+mod lru;
+pub mod metadata;
 pub mod metrics;
 pub mod metrics_page;
 pub mod mount_error;

@@ -25,26 +25,38 @@ use narlake_format::id::{BlobId, BlobKind, ChunkId, ContentId};
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::lake::strings::StringTable;
 use narlake_storage::fetch::Fetcher;
-use quick_cache::sync::Cache as Lru;
 
 use self::fill::{Fill, Share};
 use crate::cache::Cache;
 use crate::fs::error::FsError;
 use crate::fs::nodes::NodeId;
 use crate::fs::tree::{EntryNumber, Tree, TreeFile};
+use crate::lru::{Lru, Weigh, lru};
 use crate::metrics::Metrics;
 
 /// A file up to this many bytes is fetched whole: what the kernel's readahead asks for at once anyway.
 const WHOLE_MAX: u64 = 128 * 1024;
 
-/// Files whose patches and name are kept at hand.
-const FILES_KEPT: usize = 4096;
+/// Bytes of memory for files whose patches and name are kept at hand: those of 4,000 files with a few thousand patches.
+/// The string table of an object counts for each of its files, so this is more than they take.
+const FILES_BYTES: u64 = 64 << 20;
+
+/// Bytes of a patch that has been placed in its file.
+const PLACED_PATCH: usize = 16;
 
 /// What of a file is the same for all its reads.
 pub struct FileView {
     content: ContentId,
     size: u64,
     patches: PatchList,
+    /// Bytes of the string table that the patches share.
+    table_bytes: usize,
+}
+
+impl Weigh for FileView {
+    fn bytes(&self) -> u64 {
+        (size_of::<Self>() + self.patches.len() * PLACED_PATCH + self.table_bytes) as u64
+    }
 }
 
 /// Reads files of trees.
@@ -62,7 +74,7 @@ impl Reader {
     #[must_use]
     pub fn new(fetcher: Fetcher, cache: Arc<Cache>, metrics: &Metrics) -> Self {
         let metrics = metrics.clone();
-        Self { fetcher, cache, views: Lru::new(FILES_KEPT), fills: Mutex::default(), metrics }
+        Self { fetcher, cache, views: lru(4096, FILES_BYTES), fills: Mutex::default(), metrics }
     }
 
     /// Up to `length` bytes of a file from `offset` on; fewer only at its end. Cancel safe: what was kept stays kept,
@@ -92,9 +104,13 @@ impl Reader {
 
     fn view(&self, node: NodeId, file: &TreeFile<'_>, table: &StringTable) -> Result<Arc<FileView>, FsError> {
         let make = || {
+            if file.patches.is_empty() {
+                let (content, patches) = (file.id.into(), PatchList::default());
+                return Ok(Arc::new(FileView { content, size: file.size, patches, table_bytes: 0 }));
+            }
             let patches = PatchList::resolve(file.patches, table, file.size).map_err(FsError::Restore)?;
-            let content = if patches.is_empty() { file.id.into() } else { patches.content_id(&file.id) };
-            Ok(Arc::new(FileView { content, size: file.size, patches }))
+            let (content, table_bytes) = (patches.content_id(&file.id), table.encoded_len());
+            Ok(Arc::new(FileView { content, size: file.size, patches, table_bytes }))
         };
         self.views.get_or_insert_with(&node, make)
     }

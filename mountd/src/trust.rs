@@ -7,8 +7,11 @@
 use std::sync::Arc;
 
 use narlake_format::lake::record::PathRecord;
+use narlake_format::lake::strings::StringTable;
 use narlake_format::nix::signature::PublicKey;
-use narlake_format::nix::store_path::StoreDir;
+use narlake_format::nix::store_path::{StoreDir, StorePath};
+
+use crate::lru::Weigh;
 
 /// A path record that a trusted key has signed. There is no other way to make one than [`TrustedKeys::verify`].
 #[derive(Clone, Debug)]
@@ -19,6 +22,18 @@ impl std::ops::Deref for TrustedRecord {
 
     fn deref(&self) -> &PathRecord {
         &self.0
+    }
+}
+
+impl Weigh for TrustedRecord {
+    fn bytes(&self) -> u64 {
+        let info = self.0.info();
+        let paths = info.references.iter().chain([&info.store_path]).chain(&info.deriver);
+        let paths: usize = paths.map(|path| size_of::<StorePath>() + path.name.as_str().len()).sum();
+        let signatures = info.signatures.len() + self.0.lake_signatures().len();
+        let table = self.0.inline_table().map_or(0, StringTable::encoded_len);
+        // A signature is 64 bytes and the name of a key.
+        (size_of::<PathRecord>() + paths + info.url.len() + signatures * 160 + table) as u64
     }
 }
 

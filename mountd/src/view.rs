@@ -19,21 +19,21 @@ use async_trait::async_trait;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use narlake_storage::ErrorKind;
-use narlake_storage::fetch::Fetcher;
-use quick_cache::sync::Cache as Lru;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use self::negative::Negative;
 use crate::fs::nodes::NodeTable;
+use crate::lru::{Lru, lru};
+use crate::metadata::Blobs;
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::overlay::Overlays;
 use crate::remote::RemoteError;
 use crate::trust::{TrustedKeys, TrustedRecord, Untrusted};
 
-/// Records kept in memory, about 2 KiB each.
-const RECORDS_KEPT: usize = 100_000;
+/// Bytes of records kept in memory: 60,000 of the usual 2 KiB, 120 of the largest.
+const RECORDS_BYTES: u64 = 128 << 20;
 
 /// Look-ups of unknown names at the server at once; further ones wait. A program that probes a store directory at
 /// random is slowed down by this, never told a falsehood.
@@ -130,7 +130,7 @@ struct Inner {
     /// With [`OnOutage::Build`]: until when the server is not asked.
     down_until: Mutex<Option<Instant>>,
     nodes: Arc<NodeTable>,
-    fetcher: Fetcher,
+    blobs: Blobs,
     metrics: Metrics,
 }
 
@@ -141,7 +141,7 @@ impl View {
     pub fn new(
         source: Arc<dyn RecordSource>,
         keys: TrustedKeys,
-        (fetcher, nodes, overlays): (Fetcher, Arc<NodeTable>, Arc<Overlays>),
+        (blobs, nodes, overlays): (Blobs, Arc<NodeTable>, Arc<Overlays>),
         settings: ViewSettings,
         metrics: &Metrics,
     ) -> Self {
@@ -149,14 +149,14 @@ impl View {
             source,
             keys,
             settings,
-            records: Lru::new(RECORDS_KEPT),
+            records: lru(60_000, RECORDS_BYTES),
             negative: Negative::new(metrics),
             overlays,
             lookups: Semaphore::new(LOOKUPS_MAX),
             prefetching: Mutex::default(),
             down_until: Mutex::default(),
             nodes,
-            fetcher,
+            blobs,
             metrics: metrics.clone(),
         };
         Self { inner: Arc::new(inner) }

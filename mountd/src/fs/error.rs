@@ -42,6 +42,9 @@ pub enum FsError {
     /// The object's tree or a file's content could not be had.
     #[error("fetch")]
     Content(#[source] narlake_storage::Error),
+    /// The manifest breaks a rule of its format.
+    #[error("read the manifest")]
+    Manifest(#[source] narlake_format::error::FormatError),
     /// A string table or patch does not go with its manifest.
     #[error("restore store paths")]
     Restore(#[source] narlake_format::error::FormatError),
@@ -60,7 +63,12 @@ impl FsError {
             Self::IsDirectory => Errno::ISDIR,
             Self::WrongKind(_) => Errno::INVAL,
             Self::Stale { .. } => Errno::STALE,
-            Self::Deadline { .. } | Self::View(_) | Self::Content(_) | Self::Restore(_) | Self::Nodes(_) => Errno::IO,
+            Self::Deadline { .. }
+            | Self::View(_)
+            | Self::Content(_)
+            | Self::Manifest(_)
+            | Self::Restore(_)
+            | Self::Nodes(_) => Errno::IO,
         }
     }
 
@@ -85,6 +93,7 @@ impl FsError {
             | Self::Deadline { .. }
             | Self::View(_)
             | Self::Content(_)
+            | Self::Manifest(_)
             | Self::Restore(_)
             | Self::Nodes(_) => true,
         }

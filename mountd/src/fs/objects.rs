@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use narlake_format::id::TableId;
+use narlake_format::id::{BlobId, BlobKind, ManifestId, TableId};
+use narlake_format::lake::manifest::{ManifestHeader, ManifestReader};
 use narlake_format::lake::strings::StringTable;
-use narlake_storage::fetch::Fetcher;
-use narlake_storage::manifest;
-use quick_cache::sync::{Cache as Lru, DefaultLifecycle};
-use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use super::error::FsError;
 use super::nodes::{ObjectKey, ObjectNumber};
 use super::tree::{Tree, TreeBuilder};
+use crate::lru::{Lru, Weigh, lru};
+use crate::metadata::Blobs;
 use crate::metrics::Metrics;
 use crate::view::View;
 
@@ -21,39 +20,25 @@ pub(super) struct Object {
     pub(super) table: StringTable,
 }
 
+/// Parts of a manifest that are asked for at once.
+const PARTS_AHEAD: usize = 16;
+
 pub(super) struct Objects {
-    fetcher: Fetcher,
+    blobs: Blobs,
     view: View,
-    loaded: Lru<ObjectNumber, Arc<Object>, ByBytes>,
+    loaded: Lru<ObjectNumber, Arc<Object>>,
     metrics: Metrics,
 }
 
-/// Weighs objects by their memory.
-#[derive(Clone)]
-struct ByBytes {
-    max: u64,
-}
-
-impl Weighter<ObjectNumber, Arc<Object>> for ByBytes {
-    fn weight(&self, _: &ObjectNumber, object: &Arc<Object>) -> u64 {
-        // One tree larger than the whole budget must still be kept, else every page of it would load it anew.
-        (object.tree.bytes() + object.table.encoded_len() as u64).min(self.max)
+impl Weigh for Object {
+    fn bytes(&self) -> u64 {
+        self.tree.bytes() + self.table.encoded_len() as u64
     }
 }
 
 impl Objects {
-    pub(super) fn new(fetcher: Fetcher, view: View, bytes: u64, metrics: &Metrics) -> Self {
-        let weighter = ByBytes { max: bytes / 2 };
-        // One shard: split, no part of the budget would hold a large tree.
-        let options = OptionsBuilder::new().shards(1).estimated_items_capacity(10_000).weight_capacity(bytes).build();
-        // Absent numbers leave an untuned cache of that budget, which differs in speed alone.
-        let loaded = match options {
-            Ok(options) => {
-                Lru::with_options(options, weighter, DefaultHashBuilder::default(), DefaultLifecycle::default())
-            }
-            Err(_) => Lru::with_weighter(10_000, bytes, weighter),
-        };
-        Self { fetcher, view, loaded, metrics: metrics.clone() }
+    pub(super) fn new(blobs: Blobs, view: View, bytes: u64, metrics: &Metrics) -> Self {
+        Self { blobs, view, loaded: lru(10_000, bytes), metrics: metrics.clone() }
     }
 
     /// The object of this number, which `key` describes. Those who ask at the same time wait for one load. Cancel safe.
@@ -76,12 +61,23 @@ impl Objects {
 
     async fn load(&self, key: &ObjectKey) -> Result<Object, FsError> {
         let table = self.table(key).await?;
-        let mut builder = TreeBuilder::default();
-        let loaded = manifest::load(&self.fetcher, &key.manifest, |event| builder.event(event));
-        loaded.await.map_err(FsError::Content)?;
-        let tree = builder.finish().map_err(FsError::Restore)?;
+        let tree = self.tree(&key.manifest).await?;
         self.metrics.trees_loaded.inc();
         Ok(Object { tree, table })
+    }
+
+    async fn tree(&self, id: &ManifestId) -> Result<Tree, FsError> {
+        let head = self.blobs.one(BlobKind::Manifest, (*id).into()).await.map_err(FsError::Content)?;
+        let header = ManifestHeader::decode(&head).map_err(FsError::Manifest)?;
+        let (mut reader, mut builder) = (ManifestReader::new(&header), TreeBuilder::default());
+        let parts: Vec<BlobId> = header.parts.iter().map(|part| part.id.into()).collect();
+        for some in parts.chunks(PARTS_AHEAD) {
+            for part in self.blobs.fetch(BlobKind::Part, some).await.map_err(FsError::Content)? {
+                reader.part(&part, &mut |event| builder.event(event)).map_err(FsError::Manifest)?;
+            }
+        }
+        reader.finish().map_err(FsError::Manifest)?;
+        builder.finish().map_err(FsError::Manifest)
     }
 
     /// A short table lies in the path's record, and nowhere else; a long one is content like any other.
@@ -100,7 +96,10 @@ impl Objects {
             record.filter(|record| record.table() == key.table).and_then(|record| record.inline_table().cloned());
         match inline {
             Some(table) => Ok(table),
-            None => manifest::table(&self.fetcher, &key.table).await.map_err(FsError::Content),
+            None => {
+                let table = self.blobs.one(BlobKind::Table, key.table.into()).await.map_err(FsError::Content)?;
+                StringTable::decode(&table).map_err(FsError::Restore)
+            }
         }
     }
 }

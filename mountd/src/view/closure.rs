@@ -129,12 +129,13 @@ impl View {
     /// goes wrong again for whoever needs it, and is told there.
     async fn warm(&self, records: &[TrustedRecord]) {
         let heads: Vec<BlobId> = records.iter().map(|record| record.manifest().into()).take(WARM_MAX).collect();
-        if self.inner.fetcher.locate(BlobKind::Manifest, &heads).await.is_err() {
+        let blobs = &self.inner.blobs;
+        let heads = blobs.absent(&heads);
+        if blobs.fetcher().locate(BlobKind::Manifest, &heads).await.is_err() {
             return;
         }
         for some in heads.chunks(WARM_AT_ONCE) {
-            let blobs: Vec<(BlobKind, BlobId)> = some.iter().map(|id| (BlobKind::Manifest, *id)).collect();
-            if self.inner.fetcher.fetch(&blobs).await.is_err() {
+            if blobs.fetch(BlobKind::Manifest, some).await.is_err() {
                 return;
             }
         }

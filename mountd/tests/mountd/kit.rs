@@ -24,6 +24,7 @@ use narlake_mountd::cache::{Cache, CacheSettings};
 use narlake_mountd::config::{Config, Settings};
 use narlake_mountd::fs::nodes::NodeTable;
 use narlake_mountd::fs::{LazyStore, StoreSettings};
+use narlake_mountd::metadata::{Blobs, Metadata, Records};
 use narlake_mountd::metrics::Metrics;
 use narlake_mountd::overlay::{Overlays, Own};
 use narlake_mountd::remote::{Cause, RemoteError};
@@ -179,6 +180,7 @@ pub(crate) struct World {
     pub(crate) dir: TempDir,
     pub(crate) deadline: Duration,
     pub(crate) cache_bytes: u64,
+    pub(crate) metadata_bytes: u64,
     pub(crate) on_outage: OnOutage,
 }
 
@@ -212,7 +214,8 @@ impl World {
         };
         let (deadline, cache_bytes) = (Duration::from_secs(10), 1 << 30);
         let (source, metrics) = (Arc::new(source), Metrics::new());
-        Self { lake, source, key, other_key, metrics, dir, deadline, cache_bytes, on_outage: OnOutage::Fail }
+        let (metadata_bytes, on_outage) = (1 << 30, OnOutage::Fail);
+        Self { lake, source, key, other_key, metrics, dir, deadline, cache_bytes, metadata_bytes, on_outage }
     }
 
     /// A store path of this name that nothing has been pushed for.
@@ -278,10 +281,14 @@ impl World {
         let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
         let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
         let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
-        let parts = (fetcher.clone(), Arc::clone(&nodes), overlays);
-        let view = View::new(Arc::clone(&self.source) as _, self.keys(), parts, settings, &self.metrics);
+        let metadata = Metadata::open(&dir, self.metadata_bytes, self.keys(), &self.metrics).unwrap();
+        let metadata = Arc::new(metadata);
+        let blobs = Blobs::new(fetcher, Arc::clone(&metadata));
+        let parts = (blobs.clone(), Arc::clone(&nodes), overlays);
+        let records = Arc::new(Records::new(Arc::clone(&self.source) as _, metadata));
+        let view = View::new(records, self.keys(), parts, settings, &self.metrics);
         let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
-        let lazy = LazyStore::new(view.clone(), nodes, &fetcher, Arc::clone(&cache), settings, &self.metrics);
+        let lazy = LazyStore::new(view.clone(), nodes, &blobs, Arc::clone(&cache), settings, &self.metrics);
         Store { lazy, view, cache }
     }
 
@@ -294,6 +301,7 @@ impl World {
             nix_socket: path("nix.sock"),
             control: path("control.sock"),
             cache_bytes: Some(self.cache_bytes),
+            metadata_bytes: Some(self.metadata_bytes),
             fetch_deadline_s: Some(self.deadline.as_secs().max(1)),
             on_outage: Some(self.on_outage),
             ..Settings::default()

@@ -1,4 +1,4 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `stop`, `stuck`).
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `outage`, `stop`, `stuck`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
 //! ops/test looks for.
@@ -7,6 +7,7 @@ mod control;
 mod kit;
 mod mounted;
 mod nix;
+mod outage;
 mod overlay;
 mod server;
 mod stop;
