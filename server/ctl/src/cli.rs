@@ -65,6 +65,8 @@ pub enum Command {
     Overlay(OverlayOptions),
     /// Wait until store paths and their closures can be used on this worker
     Ensure(EnsureOptions),
+    /// Drop cached content of this worker, least recently used first
+    Evict(EvictOptions),
     /// Show how this worker, and the server, are doing
     Status(StatusOptions),
     /// Print a script that completes this command in a shell
@@ -274,6 +276,21 @@ pub struct EnsureOptions {
     /// Give up after so long; by default the worker's own deadline
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
+    /// The worker.
+    #[command(flatten)]
+    pub control: ControlOptions,
+}
+
+/// Options of `evict`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("how much").required(true).args(["all", "keep"]))]
+pub struct EvictOptions {
+    /// Drop everything
+    #[arg(long)]
+    pub all: bool,
+    /// Drop until at most so much is left
+    #[arg(long, value_name = "BYTES")]
+    pub keep: Option<u64>,
     /// The worker.
     #[command(flatten)]
     pub control: ControlOptions,

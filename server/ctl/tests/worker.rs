@@ -102,6 +102,21 @@ fn ensuring() {
 }
 
 #[test]
+fn evicting() {
+    let freed = ControlResponse::Evicted { bytes: 3 << 20 };
+    let (asked, ran) = ask(&freed, &["evict", "--all"]);
+    assert_eq!(asked, ControlRequest::Evict { keep_bytes: 0 });
+    assert_eq!(ran.good().stdout, "3.00 MiB freed\n");
+    let (asked, ran) = ask(&freed, &["evict", "--json", "--keep", "1000"]);
+    assert_eq!(asked, ControlRequest::Evict { keep_bytes: 1000 });
+    assert_eq!(ran.good().json()["bytes"], 3 << 20);
+    // How much is never left to chance.
+    for odd in [&["evict"][..], &["evict", "--all", "--keep", "1"]] {
+        narlake(odd).bad(2, &["--keep"]);
+    }
+}
+
+#[test]
 fn status_of_worker_and_server() {
     let up = ControlResponse::Status(Box::new(status(true)));
     let (asked, ran) = ask(&up, &["status"]);
