@@ -21,6 +21,7 @@ use crate::fs::{LazyStore, StoreSettings};
 use crate::fuse::Shim;
 use crate::fuse::mount;
 use crate::fuse::session::Serving;
+use crate::kernel::Kernel;
 use crate::metadata::{Blobs, Metadata, Records};
 use crate::metrics::Metrics;
 use crate::metrics_page;
@@ -83,6 +84,14 @@ pub struct Daemon {
 /// # Errors
 /// When it cannot be started, or not be stopped in order.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    let kernel = Kernel::probe().context("ask the kernel for its version")?;
+    tracing::info!(release = kernel.release, open_tree = kernel.open_tree, fspick = kernel.fspick, "kernel");
+    if let Err(old) = kernel.check() {
+        if !config.allow_old_kernel {
+            return Err(old.into());
+        }
+        tracing::warn!(error = %old, "going on with an old kernel");
+    }
     let mut signals = StopSignals::new().context("take over signals")?;
     let metrics = Metrics::new();
     let sources = connect(&config, &metrics).await?;
@@ -179,7 +188,7 @@ impl Daemon {
             lower: mount.clone(),
             store_dir: keys.store_dir().to_string(),
             nix_socket: config.nix_socket.clone(),
-            directories: vec![config.cache_dir.clone()],
+            needed: vec![config.cache_dir.clone(), config.nix_socket.clone(), config.control.clone()],
             files: own_files(config)?,
         };
         let (cache, nodes, metadata) = blocking({
@@ -187,8 +196,8 @@ impl Daemon {
             let (keys, metadata_bytes) = (keys.clone(), config.metadata_bytes);
             let settings = CacheSettings { bytes_max: config.cache_bytes };
             move || -> anyhow::Result<_> {
-                let cache = Cache::open(&dir, settings, &metrics)?;
                 Overlays::check_own(&own)?;
+                let cache = Cache::open(&dir, settings, &metrics)?;
                 let nodes = NodeTable::open(&dir.join("nodes"), cache.booted_since())?;
                 metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
                 let metadata = Metadata::open(&dir, metadata_bytes, keys, &metrics).context("open the metadata")?;

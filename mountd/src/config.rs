@@ -67,6 +67,10 @@ pub struct Settings {
     /// Most bytes of memory for decompressed content [default: 64 MiB]
     #[arg(long, env = "NARLAKE_MOUNTD_FRAME_BYTES", value_name = "N", help_heading = "Limits")]
     pub frame_bytes: Option<u64>,
+    /// Start on a kernel that lacks something; docs/kernels.md says what is lost
+    #[arg(long, env = "NARLAKE_MOUNTD_ALLOW_OLD_KERNEL", help_heading = "Limits")]
+    #[serde(default)]
+    pub allow_old_kernel: bool,
     /// Address and port to serve Prometheus metrics on
     #[arg(long, env = "NARLAKE_MOUNTD_METRICS_LISTEN", value_name = "ADDRESS:PORT", help_heading = "Observation")]
     pub metrics_listen: Option<SocketAddr>,
@@ -104,6 +108,8 @@ pub struct Config {
     pub tree_bytes: u64,
     /// Most bytes of decoded frames in memory.
     pub frame_bytes: u64,
+    /// Whether a kernel that lacks something will do.
+    pub allow_old_kernel: bool,
     /// Where to serve metrics.
     pub metrics_listen: Option<SocketAddr>,
     /// The configuration file, if there was one.
@@ -181,6 +187,7 @@ impl Settings {
             metadata_bytes: self.metadata_bytes.or(under.metadata_bytes),
             tree_bytes: self.tree_bytes.or(under.tree_bytes),
             frame_bytes: self.frame_bytes.or(under.frame_bytes),
+            allow_old_kernel: self.allow_old_kernel || under.allow_old_kernel,
             metrics_listen: self.metrics_listen.or(under.metrics_listen),
             log: self.log.or(under.log),
         }
@@ -232,6 +239,7 @@ impl Settings {
             metadata_bytes: self.metadata_bytes.unwrap_or(1 << 30),
             tree_bytes: self.tree_bytes.unwrap_or(128 << 20),
             frame_bytes: self.frame_bytes.unwrap_or(64 << 20),
+            allow_old_kernel: self.allow_old_kernel,
             metrics_listen: self.metrics_listen,
             file,
         })

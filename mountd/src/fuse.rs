@@ -89,6 +89,7 @@ impl Shim {
 
 impl Filesystem for Shim {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        tracing::info!(offered = ?config.capabilities(), "the kernel's FUSE");
         for (flag, what) in CAPABILITIES {
             if config.add_capabilities(*flag).is_err() {
                 tracing::warn!(capability = what, "this kernel lacks a capability; everything works, slower");

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`app`] | the daemon, its parts in start order |
 //! | [`cli`], [`config`] | what it is told |
-//! | [`fuse`] | the kernel: mount, messages, unmount |
+//! | [`kernel`] | whether the kernel is new enough |
+//! | [`fuse`] | the kernel's side: mount, messages, unmount |
 //! | [`fs`] | the file system: names and nodeids in, attributes and bytes out |
 //! | [`view`] | which store paths there are, and what the kernel believes about them |
 //! | [`reader`] | a file's range to its bytes |
@@ -26,6 +27,7 @@ pub mod control;
 pub mod error;
 pub mod fs;
 pub mod fuse;
+pub mod kernel;
 mod lru;
 pub mod metadata;
 pub mod metrics;

@@ -52,8 +52,8 @@ pub struct Own {
     pub store_dir: String,
     /// The Nix socket.
     pub nix_socket: PathBuf,
-    /// What it opens by path while it runs: the cache directory.
-    pub directories: Vec<PathBuf>,
+    /// What it, or whoever speaks to it, opens by path while it runs: the cache directory, the sockets.
+    pub needed: Vec<PathBuf>,
     /// What it was started from: the executable, the configuration.
     pub files: Vec<PathBuf>,
 }

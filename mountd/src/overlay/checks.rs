@@ -1,6 +1,7 @@
 //! What must hold before an overlay is mounted: the mistakes that would hang or hurt, each with what to do about it.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -62,8 +63,8 @@ pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Resul
             "lies on an overlay itself, which the kernel refuses; use a plain file system",
         ));
     }
-    for needed in &own.directories {
-        if canonical(needed)?.starts_with(&plan.merged) {
+    for needed in &own.needed {
+        if resolved(needed)?.starts_with(&plan.merged) {
             let reason = format!("would hide {}, which this daemon needs", needed.display());
             return Err(MountError::refused(&plan.merged, reason));
         }
@@ -83,14 +84,25 @@ pub(super) fn canonical(path: &Path) -> Result<PathBuf, MountError> {
     fs::canonicalize(path).map_err(MountError::kernel("resolve", path))
 }
 
+/// The same for a path of which only the first part may be there yet.
+fn resolved(path: &Path) -> Result<PathBuf, MountError> {
+    match fs::canonicalize(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) => Ok(resolved(parent)?.join(name)),
+            _ => Err(MountError::kernel("resolve", path)(error)),
+        },
+        found => found.map_err(MountError::kernel("resolve", path)),
+    }
+}
+
 impl Overlays {
-    /// Refuses to start a daemon whose executable, cache or configuration lies in its own mount: it would wait for
-    /// itself.
+    /// Refuses to start a daemon whose executable, cache, sockets or configuration lie in its own mount: it would wait
+    /// for itself. None of them need be there yet.
     ///
     /// # Errors
     /// Names the path.
     pub fn check_own(own: &Own) -> Result<(), MountError> {
-        own.directories.iter().chain(&own.files).try_for_each(|path| inside(own, &canonical(path)?))
+        own.needed.iter().chain(&own.files).try_for_each(|path| inside(own, &resolved(path)?))
     }
 }
 

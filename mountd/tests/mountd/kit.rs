@@ -274,7 +274,7 @@ impl World {
             lower: "/nonexistent".into(),
             store_dir: "/nix/store".into(),
             nix_socket: "/nonexistent".into(),
-            directories: Vec::new(),
+            needed: Vec::new(),
             files: Vec::new(),
         };
         let overlays = Arc::new(Overlays::new(own, &self.metrics));

@@ -197,6 +197,9 @@ fn what_was_killed_is_cleaned_up() {
     program.start();
     assert!(program.log().contains("detached the mount of a daemon that is gone"), "{}", program.log());
     assert_eq!(fs::read_dir(program.at("mnt")).unwrap().count(), 0);
+    // What the kernel is and offers is in the log.
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert!(program.log().contains(release.trim()) && program.log().contains("FUSE_NO_OPEN_SUPPORT"));
     // An overlay over the dead mount is refused to whoever adopts it, and replaced for whoever mounts it.
     let adopt = program.control(&format!(r#"{{"op":"overlay-adopt","merged":"{}"}}"#, merged.display()));
     assert!(adopt.contains("daemon that is gone"), "{adopt}");
@@ -241,6 +244,34 @@ fn a_second_one_is_refused() {
     }
     program.signal(Signal::TERM);
     assert!(program.wait().success());
+}
+
+/// What the daemon needs may not lie in its own mount, in whatever way it is spelled: it would wait for itself.
+#[test]
+fn its_own_things_are_not_in_its_mount() {
+    let Some(program) = Program::new() else { return };
+    fs::create_dir_all(program.at("mnt/made")).unwrap();
+    std::os::unix::fs::symlink(program.at("mnt/made"), program.at("elsewhere")).unwrap();
+    let arguments = ["--server", "http://127.0.0.1:1", "--trusted-key", KEY];
+    let file = program.at("mnt/made/mountd.toml");
+    fs::write(&file, "").unwrap();
+    for (flag, place) in [
+        ("--cache-dir", "elsewhere/cache"),
+        ("--nix-socket", "mnt/nix.sock"),
+        ("--control", "elsewhere/deep/control.sock"),
+        ("--config", "mnt/made/mountd.toml"),
+    ] {
+        let command = program.command(&arguments);
+        let mut replaced: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
+        match replaced.iter().position(|argument| argument == flag) {
+            Some(at) => replaced[at + 1] = program.at(place).into(),
+            None => replaced.extend([flag.into(), program.at(place).into()]),
+        }
+        let out = Command::new(env!("CARGO_BIN_EXE_narlake-mountd")).args(replaced).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && text.contains("wait for itself"), "{flag}: {text}");
+        assert!(!program.is_mounted() && !program.at(place).with_file_name("cache").exists());
+    }
 }
 
 /// Keys of a server on another host are not taken on trust.
