@@ -101,7 +101,13 @@ impl App {
         parts.entropy.fill(&mut run);
         let metrics = parts.metrics.clone();
         let lake = open(config, parts).await?;
-        let cache = lake.default_cache(&config.cache.name, &public_keys).await.context("open the cache")?;
+        let name = &config.cache.name;
+        let cache = if config.cache.signing_key_files.is_empty() {
+            let own = lake.default_cache(name, &public_keys).await;
+            own.context("open the cache; name a key of it with cache.signing_key_files, or this server's to add it")?
+        } else {
+            lake.default_cache_adding(name, &public_keys).await.context("open the cache")?
+        };
         let commits = TaskTracker::new();
         let shared = Arc::new(http::State {
             lake: lake.clone(),

@@ -1,13 +1,15 @@
 //! Whether everything that a path is made of is there: manifest, parts, string table, chunks.
 
 use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
 
-use narlake_format::id::{BlobId, BlobKind, ManifestId, TableId};
+use narlake_format::id::{BlobId, BlobKind, CacheId, ManifestId, TableId};
 use narlake_format::lake::config::UploadDocument;
 use narlake_format::lake::manifest::ManifestEvent;
 use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::store_path::StorePathHash;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::fetch::Fetcher;
 use crate::manifest::{self, Manifest};
 
@@ -89,4 +91,36 @@ pub(crate) async fn check(fetcher: &Fetcher, roots: Roots, sound: impl Fn(&BlobI
         }
     }
     Ok(())
+}
+
+/// Paths remembered at most; with more than that, some are found out again.
+const INCOMPLETE_MAX: usize = 1 << 16;
+
+/// Paths that could not be read for want of content. Clients that ask for them are told that they are not there, so that
+/// they push them, which heals, or get them elsewhere.
+#[derive(Default)]
+pub(crate) struct Incomplete {
+    // Held for a look or a change, never across an await.
+    paths: Mutex<HashSet<(CacheId, StorePathHash)>>,
+}
+
+impl Incomplete {
+    /// Takes note of why a path could not be read.
+    pub(crate) fn note(&self, path: (CacheId, StorePathHash), error: &Error) {
+        if error.kind() == ErrorKind::Corrupt {
+            let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+            if paths.len() >= INCOMPLETE_MAX {
+                paths.clear();
+            }
+            paths.insert(path);
+        }
+    }
+
+    pub(crate) fn contains(&self, path: &(CacheId, StorePathHash)) -> bool {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).contains(path)
+    }
+
+    pub(crate) fn strike(&self, path: &(CacheId, StorePathHash)) {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+    }
 }

@@ -63,8 +63,6 @@ struct Tables {
     packs: HashSet<PackRef>,
     /// Packs of which frames failed to verify, and the offsets of those.
     damaged: HashMap<PackRef, HashSet<u32>>,
-    /// Packs that segments name and that the bucket does not list, or did not have when they were read.
-    lost: HashSet<PackRef>,
     /// Packs that are about to be deleted.
     condemned: Condemned,
     domains: HashMap<Domain, Table>,
@@ -116,10 +114,10 @@ impl Index {
         self.tables.read().unwrap_or_else(PoisonError::into_inner).is_sound(pack)
     }
 
-    /// Whether anything was ever found damaged or lost, so that a path may lack content.
-    pub(crate) fn has_suspects(&self) -> bool {
+    /// Whether a blob has a copy that did not fail to verify so far.
+    pub(crate) fn is_readable(&self, domain: &Domain, id: &BlobId) -> bool {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        !tables.damaged.is_empty() || !tables.lost.is_empty()
+        tables.copies(domain, id).any(|at| !tables.has_failed(&at))
     }
 
     /// Takes note that a frame does not verify. False if that was known.
@@ -131,11 +129,7 @@ impl Index {
     /// Takes note that the bucket does not hold a pack any more: what it held is a miss, until a listing shows the pack
     /// again.
     pub(crate) fn forget_pack(&self, pack: &PackRef) {
-        {
-            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            tables.packs.remove(pack);
-            tables.lost.insert(*pack);
-        }
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).packs.remove(pack);
         if let Err(error) = self.kv.packs.remove(keys::pack(pack).as_bytes()) {
             tracing::warn!(%pack, error = error.chain(), "pack not struck off the local catalogue");
         }
@@ -146,9 +140,8 @@ impl Index {
     pub(crate) fn add(&self, pack: PackRef, bytes: u64, blobs: impl IntoIterator<Item = (BlobId, Location)>) {
         {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            let Tables { packs, damaged, lost, condemned, domains } = &mut *tables;
+            let Tables { packs, damaged, condemned, domains } = &mut *tables;
             packs.insert(pack);
-            lost.remove(&pack);
             let memtable = &mut domains.entry(pack.domain).or_default().memtable;
             for (id, at) in blobs {
                 // Packs come in any order: a copy that may not be relied on never takes the place of another.
@@ -282,6 +275,10 @@ impl Tables {
         recent.into_iter().chain(older).filter(|at| self.packs.contains(&at.pack))
     }
 
+    fn has_failed(&self, at: &Location) -> bool {
+        self.damaged.get(&at.pack).is_some_and(|frames| frames.contains(&at.frame_offset))
+    }
+
     fn is_sound(&self, pack: &PackRef) -> bool {
         self.packs.contains(pack) && !self.damaged.contains_key(pack) && !self.condemned.contains(pack)
     }
@@ -292,9 +289,8 @@ impl Tables {
 
     /// The copy to read: one that may be relied on, else one that has not failed yet, else any.
     fn best(&self, domain: &Domain, id: &BlobId) -> Option<Location> {
-        let failed = |at: &Location| self.damaged.get(&at.pack).is_some_and(|frames| frames.contains(&at.frame_offset));
         self.sound(domain, id)
-            .or_else(|| self.copies(domain, id).find(|at| !failed(at)))
+            .or_else(|| self.copies(domain, id).find(|at| !self.has_failed(at)))
             .or_else(|| self.copies(domain, id).next())
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::Stream;
+use futures::{Stream, TryStreamExt as _};
 use narlake_format::id::{BlobId, LakeId, ManifestId};
 use narlake_format::lake::config::{FileDocument, UploadDocument};
 use narlake_format::lake::keys;
@@ -23,7 +23,7 @@ use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 
 use crate::bucket::Bucket;
-use crate::complete::{self, Roots};
+use crate::complete::{self, Incomplete, Roots};
 use crate::config::Settings;
 use crate::error::{Error, ErrorKind};
 use crate::export;
@@ -64,6 +64,7 @@ struct Inner {
     uploads: Uploads,
     /// One fetch engine per trust domain: caches of decoded frames are never shared across.
     fetchers: Mutex<HashMap<Domain, Arc<Fetcher>>>,
+    incomplete: Incomplete,
     /// Keeps the state directory ours while the lake is open.
     _lock: std::fs::File,
 }
@@ -237,7 +238,9 @@ impl Lake {
         self.check_complete(cache, record).await?;
         let strings = self.strings_in(cache.domain(), record).await?;
         self.inner.metrics.export_nar_bytes.inc_by(record.info().nar_size);
-        self.nar_of(cache.domain(), record.manifest(), &strings).await
+        let nar = self.nar_of(cache.domain(), record.manifest(), &strings).await?;
+        let (lake, path) = (self.clone(), (cache.id(), record.info().store_path.hash));
+        Ok(nar.inspect_err(move |error| lake.inner.incomplete.note(path, error)))
     }
 
     /// Looks up every blob of a path: whether its NAR can be given out.
@@ -246,24 +249,29 @@ impl Lake {
     /// `Corrupt` where content is missing, the bucket's own otherwise.
     pub async fn check_complete(&self, cache: &Cache, record: &PathRecord) -> Result<(), Error> {
         // A damaged copy may still do for what is asked of it; what is read is verified.
-        complete::check(&self.fetcher(cache.domain()), record.into(), |_| true).await
+        let checked = complete::check(&self.fetcher(cache.domain()), record.into(), |_| true).await;
+        checked.inspect_err(|error| self.inner.incomplete.note((cache.id(), record.info().store_path.hash), error))
     }
 
-    /// Whether a path needs no push: all its content is there and none of it suspect. Where nothing was ever found
-    /// damaged or lost this reads nothing; otherwise it looks up every blob.
+    /// Whether a path is to be had whole, as far as is known: false where reading it has failed for want of content, and
+    /// would again. Reads nothing of a path that never failed.
     ///
     /// # Errors
     /// Where the bucket does not answer.
-    pub async fn is_sound(&self, cache: &Cache, record: &PathRecord) -> Result<bool, Error> {
-        if !self.inner.index.has_suspects() {
+    pub async fn is_whole(&self, cache: &Cache, record: &PathRecord) -> Result<bool, Error> {
+        let path = (cache.id(), record.info().store_path.hash);
+        if !self.inner.incomplete.contains(&path) {
             return Ok(true);
         }
-        match self.check_sound(cache.domain(), record.into()).await {
-            Err(error) if error.kind() == ErrorKind::Corrupt => {
-                tracing::warn!(path = %record.info().store_path, error = error.chain(), "path needs a push");
-                Ok(false)
+        let (domain, index) = (cache.domain(), &self.inner.index);
+        let readable = |id: &BlobId| index.is_readable(&domain, id);
+        match complete::check(&self.fetcher(domain), record.into(), readable).await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(false),
+            checked => {
+                checked?;
+                self.inner.incomplete.strike(&path);
+                Ok(true)
             }
-            checked => checked.map(|()| true),
         }
     }
 

@@ -131,7 +131,8 @@ impl View {
         let heads: Vec<BlobId> = records.iter().map(|record| record.manifest().into()).take(WARM_MAX).collect();
         let blobs = &self.inner.blobs;
         let heads = blobs.absent(&heads);
-        if blobs.fetcher().locate(BlobKind::Manifest, &heads).await.is_err() {
+        let located: Vec<(BlobKind, BlobId)> = heads.iter().map(|id| (BlobKind::Manifest, *id)).collect();
+        if blobs.fetcher().locate(&located).await.is_err() {
             return;
         }
         for some in heads.chunks(WARM_AT_ONCE) {

@@ -133,7 +133,7 @@ impl Source {
 impl BlobSource for Source {
     async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
         self.gate("locate".into()).await?;
-        Ok(self.lake.locate(&self.cache.domain(), ids))
+        self.lake.locate(&self.cache.domain(), ids).await
     }
 
     async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {

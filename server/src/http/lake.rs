@@ -155,7 +155,7 @@ pub async fn locate(State(shared): State<Shared>, headers: HeaderMap, body: Body
     let (ids, buffer) =
         body::question(&shared, "/api/v1/locate", &headers, body, LOCATE_MAX * ID_LEN, LOCATE_WEIGHT).await?;
     let ids = decode_locate(&ids)?;
-    let locations = shared.lake.locate(&shared.cache.domain(), &ids);
+    let locations = shared.lake.locate(&shared.cache.domain(), &ids).await?;
     answer(&shared, &LocateResponse::new(&locations), buffer)
 }
 

@@ -18,6 +18,10 @@ const ROUTE: &str = "/{hash}.narinfo";
 pub async fn get(state: &State, cache: &Cache, hash: StorePathHash) -> Result<Response, HttpError> {
     let record = state.lake.lookup(cache, &hash).await?;
     let record = record.ok_or_else(|| HttpError::not_found(format!("{hash} is not in this cache")))?;
+    // Nix pushes what is not there, which heals it; and does not ask for a NAR that we could not give.
+    if !state.lake.is_whole(cache, &record).await? {
+        return Err(HttpError::not_found(format!("{hash} has lost content; push it again")));
+    }
     Ok(served(state, StatusCode::OK, &record))
 }
 

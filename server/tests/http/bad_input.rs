@@ -237,6 +237,11 @@ async fn a_damaged_bucket() {
             assert!(text.contains("request") && !text.contains("bucket"), "{damage}: {text}");
         }
         assert_eq!(server.get("health").await.0, 200);
+        // A client that asks what is there is told to push it, and that heals.
+        assert_eq!(server.get(&object.narinfo_name()).await.0, 404, "{damage}");
+        let object = server.push(&Object::new("damaged", nar_of_tree(&[]), Compression::None, &[]).await).await;
+        assert_eq!(server.get(&object.narinfo_name()).await.0, 200, "{damage}");
+        assert_eq!(server.nar(&object).await, nar_of_tree(&[]), "{damage}");
         server.app.stop().await.unwrap();
     }
 }

@@ -40,10 +40,6 @@ impl Index {
             }
         }
         let covered = self.load_segments().await?;
-        {
-            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            tables.lost = covered.difference(&tables.packs).copied().collect();
-        }
         self.forget_lost_packs(&packs)?;
         let uncovered: Vec<_> = packs.into_iter().filter(|(pack, _)| !covered.contains(pack)).collect();
         if !uncovered.is_empty() {

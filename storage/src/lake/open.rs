@@ -12,6 +12,7 @@ use narlake_format::nix::signature::PublicKey;
 
 use super::{Inner, Lake, LakeInfo};
 use crate::bucket::{Bucket, decode_document};
+use crate::complete::Incomplete;
 use crate::config::{Components, Settings};
 use crate::cpu::CpuPool;
 use crate::error::{Error, ErrorKind};
@@ -83,6 +84,7 @@ impl Lake {
             records,
             uploads,
             fetchers,
+            incomplete: Incomplete::default(),
             _lock: lock,
         };
         Ok(Self { inner: Arc::new(inner) })
