@@ -48,36 +48,8 @@ fn check(fault: Fault) {
 }
 
 #[test]
-fn lost_request() {
-    check(Fault::Before);
-}
-
-#[test]
-fn lost_answer() {
-    check(Fault::After);
-}
-
-#[test]
-fn answer_after_the_time_limit() {
-    check(Fault::Stuck);
-}
-
-#[test]
-fn truncated_body() {
-    check(Fault::Truncated);
-}
-
-#[test]
-fn flipped_bit() {
-    check(Fault::Flipped);
-}
-
-#[test]
-fn crash_before_request() {
-    check(Fault::CrashBefore);
-}
-
-#[test]
-fn crash_after_request() {
-    check(Fault::CrashAfter);
+fn at_every_request() {
+    for fault in Fault::ALL {
+        check(fault);
+    }
 }
