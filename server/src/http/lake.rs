@@ -22,6 +22,7 @@ use narlake_format::lake::location::PackRef;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::limits::{CLOSURE_MAX, PACK_MAX};
 use narlake_format::nix::store_path::StorePathHash;
+use narlake_storage::ErrorKind;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -187,13 +188,29 @@ pub async fn pack(
     }
     let length = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
     let buffer = shared.answers.take(length).await?;
-    let bytes = shared.lake.read_pack(&pack, range.clone()).await?;
+    let bytes = match shared.lake.read_pack(&pack, range.clone()).await {
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            return Err(beyond(&shared, &pack, range.end).await.unwrap_or_else(|| error.into()));
+        }
+        read => read?,
+    };
     // To know the length costs a request of its own. Whoever asks for the first byte alone wants to know nothing else.
     let total = if range == (0..1) { shared.lake.pack_size(&pack).await?.to_string() } else { "*".into() };
     let content_range = format!("bytes {}-{}/{total}", range.start, range.end - 1);
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CONTENT_RANGE, content_range.as_str())];
     let (length, body) = body::held(&shared, buffer.join(bytes));
     Ok((StatusCode::PARTIAL_CONTENT, headers, length, body).into_response())
+}
+
+/// The refusal of a range that ends beyond the end of its pack, if it does. Whoever took it from a location learns that
+/// the pack is not what the location was made for, and that asking again is no use.
+async fn beyond(shared: &Parts, pack: &PackRef, end: u64) -> Option<HttpError> {
+    let size = shared.lake.pack_size(pack).await.ok().filter(|size| *size < end)?;
+    let message = format!("pack {pack} has {size} bytes");
+    let refusal = HttpError::refused(StatusCode::RANGE_NOT_SATISFIABLE, message)
+        .with(HeaderName::from_static(api::DAMAGED_HEADER), HeaderValue::from_static("content"));
+    let value = HeaderValue::from_str(&format!("bytes */{size}")).ok()?;
+    Some(refusal.with(header::CONTENT_RANGE, value))
 }
 
 async fn json<T: DeserializeOwned + Send + 'static>(

@@ -124,7 +124,15 @@ async fn locate_and_read() {
     let total: u64 = total.parse().unwrap();
     assert!(total >= range.end, "{total}");
     assert_eq!(get(&format!("bytes=0-{}", total - 1)).await.status(), 206);
-    assert!(!get(&format!("bytes=0-{total}")).await.status().is_success());
+    for beyond in
+        [format!("bytes=0-{total}"), format!("bytes={total}-{total}"), format!("bytes={}-{}", total * 2, total * 3)]
+    {
+        let response = get(&beyond).await;
+        assert_eq!(response.status(), 416, "{beyond}");
+        assert_eq!(response.headers()["content-range"], format!("bytes */{total}"));
+        // To a worker this means that the location was wrong, and that it should ask for another.
+        assert_eq!(response.headers()["narlake-damaged"], "content");
+    }
     for range in ["", "bytes=0-", "bytes=-5", "bytes=0-1,2-3", "bytes=0-99999999999"] {
         let response = get(range).await;
         assert!(response.status().is_client_error(), "{range} {}", response.status());
