@@ -5,9 +5,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use narlake_format::lake::record::PathRecord;
 use narlake_format::limits::NARINFO_MAX;
+use narlake_format::nix::compression::Compression;
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::store_path::StorePathHash;
-use narlake_storage::{Cache, Outcome};
+use narlake_storage::{Cache, Outcome, UploadName};
 
 use super::error::HttpError;
 use super::{Shared, State, body};
@@ -43,6 +44,7 @@ pub async fn put(
         let message = format!("the narinfo is of {}, the URL is of {hash}", info.store_path);
         return Err(HttpError::invalid(message));
     }
+    check_file(&info)?;
     let (shared, cache) = (Shared::clone(state), cache.clone());
     let commit = async move {
         // What was parsed of the text is as large: its memory counts until the commit is done.
@@ -56,6 +58,34 @@ pub async fn put(
     };
     // The answer shows the signatures: a pusher that remembers its own narinfo would reject the path for lack of them.
     Ok(served(state, status, &published.record))
+}
+
+/// Refuses a narinfo that contradicts itself about the file that its URL names. Whether the file is here, and is the NAR,
+/// the engine says; it also refuses URLs of other forms, but for those of paths that it knows: a client that adds a
+/// signature sends back what it was served.
+fn check_file(info: &NarInfo) -> Result<(), HttpError> {
+    let Some(name) = UploadName::parse(&info.url) else { return Ok(()) };
+    let (url, file_hash, compression) = (&info.url, name.file_hash, info.compression);
+    let check = |holds: bool, contradiction: &dyn Fn() -> String| {
+        if holds { Ok(()) } else { Err(HttpError::invalid(contradiction())) }
+    };
+    check(info.file_hash.is_none_or(|claimed| claimed == file_hash), &|| {
+        let claimed = info.file_hash.map(|hash| hash.to_string()).unwrap_or_default();
+        format!("FileHash is {claimed}, the URL {url} is of {file_hash}")
+    })?;
+    // Not every compression has a suffix: gzip has none.
+    check(compression.suffix() == name.compression.suffix(), &|| {
+        format!("Compression is {compression}, the URL {url} is of a file with {}", name.compression)
+    })?;
+    // What is not compressed is the NAR itself, and what is cannot be.
+    let is_nar = file_hash == info.nar_hash;
+    check(is_nar == (compression == Compression::None), &|| {
+        format!("Compression is {compression}, but the file is {file_hash} and NarHash {}", info.nar_hash)
+    })?;
+    check(!is_nar || info.file_size.is_none_or(|size| size == info.nar_size), &|| {
+        let claimed = info.file_size.unwrap_or_default();
+        format!("FileSize is {claimed}, but the file is the NAR, and NarSize {}", info.nar_size)
+    })
 }
 
 fn served(state: &State, status: StatusCode, record: &PathRecord) -> Response {

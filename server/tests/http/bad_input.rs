@@ -9,6 +9,7 @@ use reqwest::{Body, Method};
 use super::common::*;
 use narlake_format::nix::compression::Compression;
 use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::store_path::StoreDir;
 
 /// A NAR from words, as the format spells them.
 fn words(words: &[&[u8]]) -> Vec<u8> {
@@ -131,7 +132,7 @@ async fn narinfos_that_lie() {
         ),
         (
             "a NAR that was never sent",
-            with(&object.url, &format!("nar/{}.nar.xz", Sha256Hash::of(b"").to_base32())),
+            with(&object.info.file_hash.unwrap().to_base32(), &Sha256Hash::of(b"").to_base32()),
             400,
             "upload",
         ),
@@ -159,6 +160,51 @@ async fn narinfos_that_lie() {
     let forged = format!("{text}X-Narlake-Manifest: {}\n", "0".repeat(64));
     assert_eq!(server.put(&object.narinfo_name(), forged).await.0, 201);
     assert!(server.nar(&object).await == object.nar);
+}
+
+/// The file that a narinfo names is what its other lines say of it, in every form that Nix sends one.
+#[tokio::test]
+async fn narinfos_that_contradict_their_file() {
+    let server = Server::start().await;
+    let xz = Object::new("xz", nar_of_tree(&[]), Compression::Xz, &[]).await;
+    let gzip = Object::new("gzip", nar_of_file(b"gzip"), Compression::Gzip, &[]).await;
+    let plain = Object::new("plain", nar_of_file(b"plain"), Compression::None, &[]).await;
+    let other = Sha256Hash::of(b"other").to_string();
+    let hash = |object: &Object| object.info.file_hash.unwrap().to_string();
+    let plain_size = plain.nar.len().to_string();
+    for (object, field, lie, also) in [
+        (&xz, "FileHash", other.clone(), hash(&xz)),
+        (&xz, "FileHash", xz.info.nar_hash.to_string(), hash(&xz)),
+        (&xz, "Compression", "zstd".into(), "xz".into()),
+        (&xz, "Compression", "none".into(), "xz".into()),
+        (&gzip, "FileHash", other.clone(), hash(&gzip)),
+        (&gzip, "Compression", "none".into(), gzip.info.nar_hash.to_string()),
+        (&gzip, "Compression", "bzip2".into(), "none".into()),
+        (&plain, "FileHash", other, hash(&plain)),
+        (&plain, "Compression", "gzip".into(), hash(&plain)),
+        (&plain, "Compression", "xz".into(), "none".into()),
+        (&plain, "FileSize", "7".into(), plain_size),
+    ] {
+        assert_eq!(server.put(&object.url, object.file.clone()).await.0, 201);
+        let narinfo = object.narinfo();
+        let lines = narinfo.lines().map(|line| match line.split_once(": ") {
+            Some((name, _)) if name == field => format!("{field}: {lie}\n"),
+            _ => format!("{line}\n"),
+        });
+        let (status, text) = server.put(&object.narinfo_name(), lines.collect::<String>()).await;
+        assert_eq!(status, 400, "{field}: {lie}: {text}");
+        assert!(text.contains(field) && text.contains(&lie) && text.contains(&also), "{field}: {lie}: {text}");
+        assert_eq!(server.get(&object.narinfo_name()).await.0, 404, "{field}: {lie}");
+    }
+    // Neither line need be there.
+    for mut object in [xz, gzip, plain] {
+        (object.info.file_hash, object.info.file_size) = (None, None);
+        let narinfo = object.narinfo();
+        assert_eq!(server.put(&object.narinfo_name(), narinfo).await.0, 201);
+        // A client that adds a signature sends back what it was served.
+        let info = server.narinfo(&object).await;
+        assert_eq!(server.put(&object.narinfo_name(), info.to_text(&StoreDir::default())).await.0, 200);
+    }
 }
 
 #[tokio::test]
