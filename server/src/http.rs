@@ -11,6 +11,7 @@
 pub mod body;
 pub mod buffers;
 pub mod cache_info;
+pub mod connection;
 pub mod error;
 pub mod guard;
 pub mod health;

@@ -152,6 +152,97 @@ async fn a_stop_waits_for_what_is_under_way_but_not_for_ever() {
     assert!(TcpStream::connect(address).await.is_err());
 }
 
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap();
+    [&length.to_be_bytes()[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// What a client of HTTP/2 begins with.
+fn http2() -> Vec<u8> {
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &frame(4, 0, 0, &[])].concat()
+}
+
+/// GET, as the head of a stream and the end of it.
+fn http2_get(stream: u32, path: &str) -> Vec<u8> {
+    // By numbers of HPACK's table: the method, the scheme, then path and authority as text.
+    let path = [&[0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()], path.as_bytes(), &[0x01, 1, b'x']].concat();
+    frame(1, 5, stream, &path)
+}
+
+/// Answers pings until the server closes the connection, and gives what else came.
+async fn answer_pings(mut stream: TcpStream) -> String {
+    let mut all = Vec::new();
+    let mut head = [0; 9];
+    while timeout(SOON, stream.read_exact(&mut head)).await.expect("it is closed").is_ok() {
+        let [a, b, c, kind, flags, ..] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        if (kind, flags) == (6, 0) {
+            // It may be closed meanwhile.
+            let _ = stream.write_all(&frame(6, 1, 0, &payload)).await;
+        }
+        all.extend(payload);
+    }
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+/// In HTTP/2 a connection lives on pings, which are answered below everything that we see.
+#[tokio::test]
+async fn an_idle_connection_of_http2_is_closed() {
+    let server = Server::with(|config| config.limits.header_timeout_s = 1).await;
+    let mut idle = connect(&server).await;
+    idle.write_all(&http2()).await.unwrap();
+    answer_pings(idle).await;
+    let mut used = connect(&server).await;
+    used.write_all(&[http2(), http2_get(1, "/health")].concat()).await.unwrap();
+    assert!(answer_pings(used).await.contains("ok\n"));
+    settled(&server, "narlake_server_connections", 1.0).await;
+}
+
+/// A stream whose window its client keeps shut.
+#[tokio::test]
+async fn an_answer_that_http2_cannot_send_is_broken_off() {
+    let server = Server::with(|config| config.limits.body_idle_timeout_s = 1).await;
+    let object = server.push(&Object::file("shut", &sample(1 << 20)).await).await;
+    let url = format!("/{}", server.narinfo(&object).await.url);
+    let mut shut = connect(&server).await;
+    shut.write_all(&[http2(), http2_get(1, &url), http2_get(3, "/health")].concat()).await.unwrap();
+    let answer = answer_pings(shut).await;
+    assert!(answer.contains("ok\n") && answer.len() < 1 << 20, "{}", answer.len());
+    settled(&server, "narlake_server_requests_in_flight", 1.0).await;
+}
+
+/// A handler that takes long is not a client that does: nobody who waits for an answer is cut off.
+#[tokio::test]
+async fn a_client_that_waits_is_not_idle() {
+    let server = Server::with(|config| {
+        (config.limits.uploads_max, config.limits.header_timeout_s, config.limits.body_idle_timeout_s) = (1, 1, 1);
+        config.limits.hold_s = 3;
+    })
+    .await;
+    let object = Object::file("waits", &sample(1 << 20)).await;
+    let mut slow = connect(&server).await;
+    let head = format!("PUT /{} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", object.url, object.file.len());
+    slow.write_all(head.as_bytes()).await.unwrap();
+    let mut pieces = object.file.chunks(70_000);
+    slow.write_all(pieces.next().unwrap()).await.unwrap();
+    settled(&server, "narlake_server_uploads_in_flight", 1.0).await;
+    let sending = tokio::spawn(async move {
+        let object = Object::file("waits", &sample(1 << 20)).await;
+        for piece in object.file.chunks(70_000).skip(1) {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            slow.write_all(piece).await.unwrap();
+        }
+        slow
+    });
+    let quick = Object::file("quick", b"quick").await;
+    let start = Instant::now();
+    assert_eq!(server.put(&quick.url, quick.file.clone()).await.0, 201);
+    assert!(start.elapsed() > Duration::from_secs(2), "{:?}", start.elapsed());
+    drop(sending.await.unwrap());
+}
+
 /// Uploads at their limit, each with its threads, leave enough for all that a bucket on disk and the codecs ask for.
 #[test]
 fn uploads_leave_threads_for_others() {
