@@ -78,6 +78,27 @@ fn serve() {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
+/// What a client sends does not fill the log: a path may be as long as a head.
+#[test]
+fn log_lines_are_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = program(dir.path(), &["serve", "--listen", "127.0.0.1:0"]).spawn().unwrap();
+    let lines = lines(&mut child);
+    let address = lines[0].strip_prefix("serving http://").unwrap();
+    let long = "x".repeat(50_000);
+    for path in [format!("/{long}"), format!("/nar/{long}"), format!("/log/{long}"), format!("/{long}/{long}")] {
+        // The last is longer than a head may be.
+        let answer = get(address, &path);
+        assert!(answer.contains(" 404 ") || answer.contains(" 431 ") || answer.contains(" 414 "), "{answer:.100}");
+    }
+    terminate(&child);
+    let mut log = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(log.contains("xxx"), "{log}");
+    assert!(log.lines().all(|line| line.len() < 4096));
+}
+
 #[test]
 fn mistakes_end_it_with_a_message() {
     let dir = tempfile::tempdir().unwrap();

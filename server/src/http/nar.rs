@@ -267,7 +267,10 @@ impl Answer {
             // Weak: equal in meaning, not byte for byte.
             compression => format!("W/\"{nar_hash}-{compression}\""),
         };
-        if text(header::IF_NONE_MATCH).split(',').any(|tag| tag.trim() == etag || tag.trim() == "*") {
+        // Weakly, as the RFC has it: a proxy on the way may have made the tag a weak one.
+        let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+        let known = text(header::IF_NONE_MATCH).split(',').map(opaque).any(|tag| tag == opaque(&etag) || tag == "*");
+        if known {
             return Self::NotModified { etag };
         }
         if compression != Compression::None {

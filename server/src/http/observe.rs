@@ -30,6 +30,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The status of a request whose client went away before it was answered: nginx's number, never sent.
 const CLIENT_GONE: u16 = 499;
 
+/// Most characters of a path or reason in the log: those of Nix have 300, those of a request's head may have 64 Ki.
+const LOGGED_MAX: usize = 1024;
+
 /// Numbers requests.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
@@ -47,7 +50,7 @@ pub async fn observe(State(shared): State<Shared>, request: Request, next: Next)
     let mut exchange = Exchange {
         id: format!("{:08x}-{number:x}", shared.run),
         route: pattern(matched, path),
-        path: path.to_owned(),
+        path: clipped(path),
         peer: request.extensions().get::<Peer>().map(|peer| peer.0.to_string()),
         method: known(&method),
         start: Instant::now(),
@@ -98,6 +101,11 @@ fn fail(response: &mut Response, id: &str, problem: &Problem, is_api: bool) {
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
 }
 
+/// The start of a text that a client has chosen, for the log.
+fn clipped(text: &str) -> String {
+    text.chars().take(LOGGED_MAX).collect()
+}
+
 /// The method's name, from a closed set.
 fn known(method: &Method) -> &'static str {
     match *method {
@@ -138,7 +146,7 @@ impl Exchange {
     /// Logs what went wrong inside, the one place where it is; what was wrong with the request goes into its line.
     fn report(&mut self, problem: Problem) {
         let Some(cause) = &problem.cause else {
-            self.reason = Some(problem.message);
+            self.reason = Some(clipped(&problem.message));
             return;
         };
         if cause.is::<Panicked>() {

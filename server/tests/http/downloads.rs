@@ -1,6 +1,8 @@
 //! NARs out: ranges, variants, the names they were uploaded by.
 
 use reqwest::{Method, Response};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
 
 use super::common::*;
 use narlake_format::nix::compression::Compression;
@@ -81,9 +83,32 @@ async fn the_zstd_variant_is_for_those_who_ask() {
     assert_eq!((part.status().as_u16(), header(&part, "content-encoding")), (206, ""));
     assert_eq!(part.bytes().await.unwrap(), object.nar[3..6]);
 
-    let known = get(&server, &url, &[("if-none-match", &etag)]).await;
-    assert_eq!(known.status(), 304);
-    assert!(known.bytes().await.unwrap().is_empty());
+    for tags in [etag.clone(), format!("\"other\", {etag}"), format!("W/{etag}"), "*".to_owned()] {
+        let known = get(&server, &url, &[("if-none-match", &tags)]).await;
+        assert_eq!(known.status(), 304, "{tags}");
+        assert!(known.bytes().await.unwrap().is_empty());
+    }
+    assert_eq!(get(&server, &url, &[("if-none-match", "\"other\"")]).await.status(), 200);
+}
+
+/// A slow reader holds what of a NAR is on its way, so there are only so many, and one too many is held for a time.
+#[tokio::test]
+async fn a_download_too_many_waits() {
+    let server = Server::with(|config| (config.limits.downloads_max, config.limits.hold_s) = (1, 1)).await;
+    let object = server.push(&Object::file("large", &vec![0; 32 << 20]).await).await;
+    let url = server.narinfo(&object).await.url;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut slow = socket.connect(server.app.address()).await.unwrap();
+    slow.write_all(format!("GET /{url} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+    slow.read_u8().await.unwrap();
+
+    let refused = get(&server, &url, &[]).await;
+    assert_eq!((refused.status().as_u16(), header(&refused, "retry-after")), (503, "1"));
+    assert_eq!(server.request(Method::HEAD, &url).send().await.unwrap().status(), 200);
+    let waiting = tokio::spawn(server.request(Method::GET, &url).send());
+    drop(slow);
+    assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
 }
 
 /// A client that uploaded `nar/<hash>.nar.xz` remembers that URL for 30 days.
