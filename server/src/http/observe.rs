@@ -67,7 +67,7 @@ pub async fn observe(State(shared): State<Shared>, request: Request, next: Next)
     }
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         fail(&mut response, &exchange.id, &problem, is_api);
-        exchange.report(problem);
+        exchange.report(&problem);
     }
     exchange.status = response.status().as_u16();
     if let Ok(id) = HeaderValue::from_str(&exchange.id) {
@@ -144,7 +144,7 @@ enum Outcome {
 
 impl Exchange {
     /// Logs what went wrong inside, the one place where it is; what was wrong with the request goes into its line.
-    fn report(&mut self, problem: Problem) {
+    fn report(&mut self, problem: &Problem) {
         let Some(cause) = &problem.cause else {
             self.reason = Some(clipped(&problem.message));
             return;
