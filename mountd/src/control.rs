@@ -1,25 +1,29 @@
 //! The control socket: what the `narlake` command asks of this daemon, one JSON document a line.
 //!
 //! [`narlake_format::api::control`] has the messages. `status` is answered out of memory, so that it works when disk
-//! and network do not. Only root reaches the socket.
+//! and network do not. Only root reaches the socket. Descriptors may come along with a line ([`lines`]).
 
+mod lines;
+
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, LINE_MAX, MountStatus};
+use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, MountStatus};
 use narlake_format::nix::store_path::StorePath;
 use narlake_storage::fetch::Fetcher;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::lines::{Line, Lines};
 use crate::cache::Cache;
 use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
-use crate::overlay::Overlays;
+use crate::overlay::{Handed, Overlays};
 use crate::view::{View, ViewError};
 
 /// Connections at once; further ones are closed.
@@ -97,35 +101,32 @@ impl Control {
     }
 
     async fn converse(&self, stream: UnixStream, stop: &CancellationToken) -> std::io::Result<()> {
-        let (read, mut write) = stream.into_split();
-        let mut read = BufReader::new(read);
+        let mut lines = Lines::new(stream);
         loop {
-            let mut line = Vec::new();
-            let mut bounded = (&mut read).take(LINE_MAX as u64 + 1);
-            let length = tokio::select! {
+            let line = tokio::select! {
                 () = stop.cancelled() => return Ok(()),
-                length = bounded.read_until(b'\n', &mut line) => length?,
+                line = lines.next() => line?,
             };
-            if length == 0 {
-                return Ok(());
-            }
-            let is_whole = length <= LINE_MAX;
-            let response = if is_whole { self.answer(&line, stop).await } else { invalid("the line is too long") };
+            let (response, is_last) = match line {
+                None => return Ok(()),
+                Some(Line::TooLong) => (invalid("the line is too long"), true),
+                Some(Line::Whole(line, handed)) => (self.answer(&line, handed, stop).await, false),
+            };
             let mut text = serde_json::to_vec(&response)?;
             text.push(b'\n');
-            tokio::time::timeout(WRITE_TIMEOUT, write.write_all(&text)).await??;
-            if !is_whole {
+            tokio::time::timeout(WRITE_TIMEOUT, lines.stream().write_all(&text)).await??;
+            if is_last {
                 return Ok(());
             }
         }
     }
 
-    async fn answer(&self, line: &[u8], stop: &CancellationToken) -> ControlResponse {
+    async fn answer(&self, line: &[u8], handed: Vec<OwnedFd>, stop: &CancellationToken) -> ControlResponse {
         let request: ControlRequest = match serde_json::from_slice(line) {
             Ok(request) => request,
             Err(error) => return invalid(&format!("malformed request: {error}")),
         };
-        self.carry_out(request, stop).await.unwrap_or_else(|error| {
+        self.carry_out(request, Handed::new(handed), stop).await.unwrap_or_else(|error| {
             let message = crate::error::chain(&error);
             tracing::warn!(error = message, "control request failed");
             ControlResponse::Error { kind: error.kind(), message }
@@ -135,6 +136,7 @@ impl Control {
     async fn carry_out(
         &self,
         request: ControlRequest,
+        handed: Option<Handed>,
         stop: &CancellationToken,
     ) -> Result<ControlResponse, ControlError> {
         match request {
@@ -142,9 +144,11 @@ impl Control {
             ControlRequest::OverlayUp { upper, work, merged } => {
                 Ok(ControlResponse::Overlay(self.overlays.up(upper, work, merged).await?))
             }
-            ControlRequest::OverlayAdopt { merged } => Ok(ControlResponse::Overlay(self.overlays.adopt(merged).await?)),
+            ControlRequest::OverlayAdopt { merged } => {
+                Ok(ControlResponse::Overlay(self.overlays.adopt(merged, handed).await?))
+            }
             ControlRequest::OverlayDown { merged, lazy } => {
-                self.overlays.down(merged, lazy).await?;
+                self.overlays.down(merged, lazy, handed).await?;
                 Ok(ControlResponse::Done)
             }
             ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.overlays.list() }),

@@ -64,7 +64,7 @@ pub fn is_dead(mount_point: &Path) -> bool {
 }
 
 /// Lines that are not of this form are not of this kernel, and are passed over.
-fn parse(text: &[u8]) -> Vec<MountInfo> {
+pub(crate) fn parse(text: &[u8]) -> Vec<MountInfo> {
     text.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
 }
 

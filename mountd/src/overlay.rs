@@ -1,7 +1,7 @@
 //! Overlays: the writable stores that people and Nix see, over the read-only view.
 //!
 //! Any number of them may lie over one mount. Mounted by this daemon ([`Overlays::up`]) or by somebody else
-//! ([`Overlays::adopt`]), an overlay is in care from then on: a clone of its mount is kept open, through which it is
+//! ([`Overlays::adopt`]), also in another mount namespace ([`handed`]), an overlay is in care from then on: a clone of its mount is kept open, through which it is
 //! refreshed and looked through from any mount namespace, with its flags kept.
 //!
 //! A refresh makes an overlay forget the names that did not exist. Refreshes coalesce: whoever asks for one shares the
@@ -18,9 +18,11 @@
 mod care;
 mod checks;
 mod gate;
+mod handed;
 mod kernel;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,9 +32,10 @@ use narlake_format::api::control::OverlayInfo;
 
 use self::care::{LOOKS_MAX, Overlay};
 use self::gate::{Gate, Limit};
+pub use self::handed::{HANDED, Handed};
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
-use crate::mountinfo;
+use crate::mountinfo::{self, MountInfo};
 
 /// Overlays in care at once.
 const OVERLAYS_MAX: usize = 64;
@@ -58,11 +61,20 @@ pub struct Own {
     pub files: Vec<PathBuf>,
 }
 
+/// What tells an overlay from others.
+#[derive(PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Place {
+    /// Mounted here, as this process sees it.
+    Here(PathBuf),
+    /// Handed over from another mount namespace, in which another overlay may be mounted on the same path: its device.
+    Elsewhere(u64),
+}
+
 /// The overlays in care.
 pub struct Overlays {
     own: Own,
     // Held for a look or a change, never while the kernel works.
-    table: Mutex<BTreeMap<PathBuf, Arc<Overlay>>>,
+    table: Mutex<BTreeMap<Place, Arc<Overlay>>>,
     // Mounting and unmounting take turns.
     changes: Gate,
     metrics: Metrics,
@@ -115,35 +127,75 @@ impl Overlays {
         .await
     }
 
-    /// Takes an overlay into care that somebody else has mounted over this daemon's mount.
+    /// Takes an overlay into care that somebody else has mounted over this daemon's mount: one that is seen from here, or
+    /// one of another mount namespace, for which what is needed is handed over.
     ///
     /// # Errors
     /// When there is none, or it takes too long.
-    pub async fn adopt(self: &Arc<Self>, merged: PathBuf) -> Result<OverlayInfo, MountError> {
+    pub async fn adopt(self: &Arc<Self>, merged: PathBuf, handed: Option<Handed>) -> Result<OverlayInfo, MountError> {
         let (this, at) = (Arc::clone(self), merged.clone());
         self.change("adopt", &at, move || {
+            if let Some(handed) = handed
+                && !this.is_here(&merged, &handed)?
+            {
+                return this.adopt_from_elsewhere(&merged, handed);
+            }
             let merged = checks::canonical(&merged)?;
             let mount = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
-            let mount = mount.filter(|mount| this.is_ours(mount));
-            let mount = mount.ok_or_else(|| MountError::Unknown { path: merged.clone() })?;
-            if mountinfo::is_dead(&merged) {
-                let reason = "this overlay lies over the mount of a daemon that is gone; unmount it, and mount it anew";
-                return Err(MountError::refused(&merged, reason));
-            }
-            let upper = mount.option("upperdir");
-            let upper = upper.ok_or_else(|| MountError::refused(&merged, "a read-only overlay needs no care"))?;
-            this.take(&merged, upper, mount.option("workdir"), true)
+            let upper = this.upper_of(&merged, mount.as_ref(), &merged)?;
+            this.take(&merged, upper, mount.and_then(|mount| mount.option("workdir")), true)
         })
         .await
     }
 
-    /// Unmounts an overlay, also one of a daemon that is gone. Cancel safe: what has begun is done all the same.
+    fn adopt_from_elsewhere(&self, merged: &Path, handed: Handed) -> Result<OverlayInfo, MountError> {
+        let mount = handed.mount_on(merged)?;
+        let upper = self.upper_of(merged, mount.as_ref(), &handed.path())?;
+        let device = handed.device().map_err(MountError::kernel("look at", merged))?;
+        let opened = handed.open(&upper).map_err(MountError::kernel("open the upper directory of", merged))?;
+        let info = self.describe(merged, upper, mount.and_then(|mount| mount.option("workdir")), true);
+        self.enter(Place::Elsewhere(device), info, opened)
+    }
+
+    /// Whether the overlay that is handed over is the one that is seen from here.
+    fn is_here(&self, merged: &Path, handed: &Handed) -> Result<bool, MountError> {
+        use std::os::unix::fs::MetadataExt;
+        let mount = mountinfo::mount_on(merged).map_err(MountError::kernel("find mounts on", merged))?;
+        let device = handed.device().map_err(MountError::kernel("look at", merged))?;
+        // Only what is ours is looked at: nothing else says when it answers.
+        Ok(mount.is_some_and(|mount| self.is_ours(&mount))
+            && std::fs::metadata(merged).is_ok_and(|metadata| metadata.dev() == device))
+    }
+
+    /// The upper directory of what is mounted, if it is an overlay that can be adopted. It is reached by `at`.
+    fn upper_of(&self, merged: &Path, mount: Option<&MountInfo>, at: &Path) -> Result<PathBuf, MountError> {
+        let mount = mount.filter(|mount| self.is_ours(mount));
+        let mount = mount.ok_or_else(|| MountError::Unknown { path: merged.to_owned() })?;
+        if mountinfo::is_dead(at) {
+            let reason = "this overlay lies over the mount of a daemon that is gone; unmount it, and mount it anew";
+            return Err(MountError::refused(merged, reason));
+        }
+        mount.option("upperdir").ok_or_else(|| MountError::refused(merged, "a read-only overlay needs no care"))
+    }
+
+    /// Unmounts an overlay, also one of a daemon that is gone; or lets go of one that was handed over, which is for
+    /// whoever sees it to unmount. Cancel safe: what has begun is done all the same.
     ///
     /// # Errors
     /// When there is none, it is in use and `lazy` is not set, or it takes too long.
-    pub async fn down(self: &Arc<Self>, merged: PathBuf, lazy: bool) -> Result<(), MountError> {
+    pub async fn down(self: &Arc<Self>, merged: PathBuf, lazy: bool, handed: Option<Handed>) -> Result<(), MountError> {
         let (this, at) = (Arc::clone(self), merged.clone());
-        self.change("unmount", &at, move || this.down_blocking(&merged, lazy)).await
+        self.change("unmount", &at, move || {
+            if let Some(handed) = handed {
+                let device = handed.device().map_err(MountError::kernel("look at", &merged))?;
+                if this.table().remove(&Place::Elsewhere(device)).is_some() {
+                    this.show_count();
+                    return Ok(());
+                }
+            }
+            this.down_blocking(&merged, lazy)
+        })
+        .await
     }
 
     /// Does this to an overlay once it has its turn.
@@ -163,7 +215,7 @@ impl Overlays {
         if !mount.as_ref().is_some_and(|mount| self.is_ours(mount)) {
             return self.down_elsewhere(merged, mount.as_ref());
         }
-        let known = self.table().remove(&merged);
+        let known = self.table().remove(&Place::Here(merged.clone()));
         match kernel::unmount(&merged, lazy) {
             Ok(()) => {
                 self.show_count();
@@ -172,7 +224,7 @@ impl Overlays {
             Err(error) => {
                 // Still there: still in care.
                 if let Some(overlay) = known {
-                    self.table().insert(merged.clone(), overlay);
+                    self.table().insert(Place::Here(merged.clone()), overlay);
                 }
                 if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) {
                     Err(MountError::Busy { path: merged })
@@ -184,12 +236,12 @@ impl Overlays {
     }
 
     /// Takes down an overlay that is not what is seen where it was mounted.
-    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&mountinfo::MountInfo>) -> Result<(), MountError> {
+    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&MountInfo>) -> Result<(), MountError> {
         match mount {
-            _ if !self.table().contains_key(&merged) => Err(MountError::Unknown { path: merged }),
+            _ if !self.table().contains_key(&Place::Here(merged.clone())) => Err(MountError::Unknown { path: merged }),
             // Somebody has unmounted it already.
             None => {
-                self.table().remove(&merged);
+                self.table().remove(&Place::Here(merged));
                 self.show_count();
                 Ok(())
             }
@@ -247,6 +299,7 @@ impl Overlays {
         Ok(hidden.into_iter().flatten().next())
     }
 
+    /// Takes an overlay into care that is seen from here.
     fn take(
         &self,
         merged: &Path,
@@ -254,29 +307,41 @@ impl Overlays {
         work: Option<PathBuf>,
         adopted: bool,
     ) -> Result<OverlayInfo, MountError> {
-        let give_up = |_: &MountError| {
+        let opened = (|| Ok((kernel::clone_tree(merged)?, kernel::open_upper(&upper)?)))();
+        let opened = opened.map_err(MountError::kernel("clone the mount, and open its upper directory, of", merged));
+        let info = self.describe(merged, upper, work, adopted);
+        let entered = opened.and_then(|opened| self.enter(Place::Here(merged.to_owned()), info, opened));
+        entered.inspect_err(|_| {
             if !adopted {
                 let _ = kernel::unmount(merged, true);
             }
-        };
-        let is_full = self.table().len() >= OVERLAYS_MAX && !self.table().contains_key(merged);
-        let full = is_full.then(|| MountError::refused(merged, format!("{OVERLAYS_MAX} overlays are in care already")));
-        full.map_or(Ok(()), Err).inspect_err(give_up)?;
-        let tree = kernel::clone_tree(merged).map_err(MountError::kernel("clone the mount on", merged));
-        let tree = tree.inspect_err(give_up)?;
-        let store_uri = self.store_uri(merged, &upper);
-        let (lower, at) = (self.own.lower.clone(), merged.to_owned());
-        let info = OverlayInfo { merged: at, lower, upper, work, adopted, store_uri };
-        let overlay = Arc::new(Overlay::new(info.clone(), tree, &self.metrics));
-        self.table().insert(merged.to_owned(), Arc::clone(&overlay));
+        })
+    }
+
+    /// Enters an overlay in the table, and refreshes it.
+    fn enter(&self, place: Place, info: OverlayInfo, opened: (OwnedFd, OwnedFd)) -> Result<OverlayInfo, MountError> {
+        let overlay = Arc::new(Overlay::new(info.clone(), opened, &self.metrics));
+        {
+            let mut table = self.table();
+            if table.len() >= OVERLAYS_MAX && !table.contains_key(&place) {
+                return Err(MountError::refused(&info.merged, format!("{OVERLAYS_MAX} overlays are in care already")));
+            }
+            table.insert(place, Arc::clone(&overlay));
+        }
         // A path may have been called valid while nobody looked through this overlay, which may have been told before
         // that it does not exist. From the table on it is looked through; what it believes of the time before goes.
-        let refreshed = overlay.refresh_now().inspect_err(|error| {
-            self.table().remove(merged);
-            give_up(error);
-        });
+        let refreshed = overlay.refresh_now();
+        if refreshed.is_err() {
+            self.table().retain(|_, other| !Arc::ptr_eq(other, &overlay));
+        }
         self.show_count();
         refreshed.map(|()| info)
+    }
+
+    fn describe(&self, merged: &Path, upper: PathBuf, work: Option<PathBuf>, adopted: bool) -> OverlayInfo {
+        let store_uri = self.store_uri(merged, &upper);
+        let (lower, merged) = (self.own.lower.clone(), merged.to_owned());
+        OverlayInfo { merged, lower, upper, work, adopted, store_uri }
     }
 
     /// What Nix needs to use the overlay as its store.
@@ -293,13 +358,13 @@ impl Overlays {
     }
 
     /// Whether a mount is an overlay over this daemon's mount point.
-    fn is_ours(&self, mount: &mountinfo::MountInfo) -> bool {
+    fn is_ours(&self, mount: &MountInfo) -> bool {
         mount.fs_type == "overlay" && mount.option("lowerdir").is_some_and(|lower| lower == self.own.lower)
     }
 
     /// Whether a mount is what a daemon before this one left behind.
-    fn is_orphan(&self, mount: &mountinfo::MountInfo) -> bool {
-        let in_care = self.table().contains_key(&mount.mount_point);
+    fn is_orphan(&self, mount: &MountInfo) -> bool {
+        let in_care = self.table().contains_key(&Place::Here(mount.mount_point.clone()));
         !in_care && self.is_ours(mount) && mountinfo::is_dead(&mount.mount_point)
     }
 
@@ -311,7 +376,7 @@ impl Overlays {
         self.metrics.overlays.set(i64::try_from(self.table().len()).unwrap_or(i64::MAX));
     }
 
-    fn table(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<Overlay>>> {
+    fn table(&self) -> MutexGuard<'_, BTreeMap<Place, Arc<Overlay>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,7 @@
 """The lazy mount: a closure that is used without having been copied, by people and by both versions of Nix."""
 import contextlib
 import errno
+import json
 import os
 import stat
 import time
@@ -226,6 +227,83 @@ def readable(file):
         file.read_bytes()
         return True
     return False
+
+
+@test(seconds=60)
+def a_restart_without_a_server(rig):
+    """A daemon that starts while its server is down shows what was used before, at once; the server's word counts again later."""
+    tree = {"dir": {"file": os.urandom(2 * MIB)}, "link": Link("dir/file"), "run": Executable(b"#!/bin/sh\nexit 7\n")}
+    used, unused = Path("used", nar.nar(tree)), Path("unused", nar.nar(b"unused"))
+    server, mountd = small_lake(rig, used, unused, fetch_deadline_s=5)
+    equal((mountd.mountpoint / used.base / "link").read_bytes(), tree["dir"]["file"], "a file")
+    equal(rig.run(mountd.mountpoint / used.base / "run", check=False).returncode, 7, "status of a program")
+    equal(mountd.stop(), 0, "status of the daemon")
+    server.kill()
+    mountd.start()
+    begun = time.monotonic()
+    root = mountd.mountpoint / used.base
+    equal(sorted(os.listdir(root)), sorted(tree), "listing without a server")
+    equal((root / "link").read_bytes(), tree["dir"]["file"], "the file without a server")
+    equal(rig.run(root / "run", check=False).returncode, 7, "status of the program without a server")
+    seconds = time.monotonic() - begun
+    rig.note(f"listed, read and run without a server in {seconds:.1f} s")
+    check(seconds < 4, "that took a deadline")
+    with raises(errno.EIO, "looking for a path that was never used"):
+        (mountd.mountpoint / unused.base).stat()
+    server.start(port=server.port)
+    wait_until("the view heals", lambda: readable(mountd.mountpoint / unused.base), 30)
+
+
+@test(seconds=60)
+def an_overlay_of_a_container(rig):
+    """An overlay of another mount namespace is handed over: what comes later is seen in it, and it is let go of."""
+    server, mountd = small_lake(rig, Path("early", nar.nar(b"early")))
+    base = rig.path("container")
+    for part in ("upper", "work", "merged"):
+        (base / part).mkdir()
+    container = rig.start_other("container", "unshare", "--mount", "--propagation", "private", "sleep", "100")
+    inside = ("nsenter", "--mount", f"--target={container.process.pid}")
+
+    def own_namespace():
+        return os.readlink(f"/proc/{container.process.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+    wait_until("the container has its namespace", own_namespace)
+    rig.run(*inside, "mount", "-t", "overlay", "overlay", "-o",
+            f"lowerdir={mountd.mountpoint},upperdir={base}/upper,workdir={base}/work", base / "merged")
+    late = Path("late", nar.nar({"file": b"late"}))
+    equal(rig.run(*inside, "cat", base / "merged" / late.base / "file", check=False).returncode, 1, "status before the push")
+    narlake = (*inside, rig.program("narlake"), "overlay")
+    control = ("--control", mountd.control_socket)
+    rig.run(*narlake, "adopt", base / "merged", *control)
+    check(not os.path.ismount(base / "merged"), "the container's overlay is seen outside")
+    equal([status // 100 for status in late.push(server)], [2, 2], "classes of the statuses")
+    mountd.narlake("ensure", f"/nix/store/{late.base}")
+    equal(rig.run(*inside, "cat", base / "merged" / late.base / "file").stdout, "late", "a file of the late path")
+    equal(mountd.metric("narlake_mountd_overlays"), 1, "overlays in care")
+
+    held = rig.start_other("held", *inside, "sh", "-c", f"cd {base}/merged && exec sleep 100")
+    wait_until("somebody is in the overlay", lambda: os.readlink(f"/proc/{held.process.pid}/cwd").endswith("/merged"))
+    check(rig.run(*narlake, "down", base / "merged", *control, check=False).returncode == 1, "a busy overlay went down")
+    equal(mountd.metric("narlake_mountd_overlays"), 1, "overlays in care while it is busy")
+    held.kill()
+    rig.run(*narlake, "down", base / "merged", *control)
+    equal(mountd.metric("narlake_mountd_overlays"), 0, "overlays in care after it is down")
+    equal(rig.run(*inside, "mountpoint", "-q", base / "merged", check=False).returncode, 32, "status of looking for the mount")
+
+
+@test(seconds=30)
+def eviction_by_hand(rig):
+    """What is dropped from the cache on disk comes back when it is read."""
+    content = os.urandom(2 * MIB)
+    path = Path("object", nar.nar({"file": content}))
+    _, mountd = small_lake(rig, path)
+    file = mountd.mountpoint / path.base / "file"
+    equal(file.read_bytes(), content, "the file")
+    freed = json.loads(mountd.narlake("evict", "--all", "--json").stdout)["bytes"]
+    check(freed >= len(content), f"{freed} bytes were freed")
+    equal(mountd.metric("narlake_mountd_cache_bytes"), 0, "bytes in the cache")
+    rig.run("sh", "-c", "echo 1 > /proc/sys/vm/drop_caches")
+    equal(file.read_bytes(), content, "the file, again")
+    check(mountd.metric("narlake_mountd_cache_bytes") >= len(content), "the file is not kept again")
 
 
 @test(seconds=30)

@@ -25,6 +25,8 @@ pub(super) struct Overlay {
     pub(super) info: OverlayInfo,
     /// A clone of the mount, attached nowhere.
     tree: OwnedFd,
+    /// Its upper directory.
+    upper: OwnedFd,
     looks: Gate,
     /// Refreshes asked for so far.
     asked: AtomicU64,
@@ -44,10 +46,11 @@ enum Looked {
 }
 
 impl Overlay {
-    pub(super) fn new(info: OverlayInfo, tree: OwnedFd, metrics: &Metrics) -> Self {
+    pub(super) fn new(info: OverlayInfo, (tree, upper): (OwnedFd, OwnedFd), metrics: &Metrics) -> Self {
         Self {
             info,
             tree,
+            upper,
             looks: Gate::new(LOOKS_MAX),
             asked: AtomicU64::new(0),
             done: AtomicU64::new(0),
@@ -118,7 +121,7 @@ impl Overlay {
                 if limit.is_over() {
                     return Err(limit.late("look through", &this.info.merged));
                 }
-                let seen = kernel::look(&this.info.upper, &this.tree, &name);
+                let seen = kernel::look(&this.upper, &this.tree, &name);
                 match seen.map_err(MountError::kernel("look through", &this.info.merged))? {
                     Seen::Yes => {}
                     Seen::Never => return Ok(Looked::Never(name)),

@@ -2,8 +2,11 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
 
 use super::{Overlays, Own};
 use crate::mount_error::MountError;
@@ -119,7 +122,12 @@ fn same_device(left: &Path, right: &Path) -> bool {
 }
 
 fn is_overlay(path: &Path) -> bool {
+    rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).is_ok_and(|fd| is_overlay_magic(&fd))
+}
+
+/// Whether a file lies on an overlay.
+pub(super) fn is_overlay_magic(fd: &OwnedFd) -> bool {
     #[expect(clippy::useless_conversion, reason = "the type of f_type differs between architectures")]
-    let magic = rustix::fs::statfs(path).map(|stat| i64::try_from(stat.f_type).unwrap_or(0));
+    let magic = rustix::fs::fstatfs(fd).map(|stat| i64::try_from(stat.f_type).unwrap_or(0));
     magic == Ok(OVERLAY_MAGIC)
 }

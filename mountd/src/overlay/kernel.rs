@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, FileType, statat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, open, statat};
 use rustix::io::Errno;
 use rustix::mount::{
     FsPickFlags, MountFlags, OpenTreeFlags, UnmountFlags, fsconfig_reconfigure, fspick, mount as mount2, open_tree,
@@ -44,6 +44,11 @@ pub(super) fn refresh(tree: &OwnedFd) -> io::Result<()> {
     Ok(fsconfig_reconfigure(context.as_fd())?)
 }
 
+/// The upper directory, to look into from any namespace.
+pub(super) fn open_upper(upper: &Path) -> io::Result<OwnedFd> {
+    Ok(open(upper, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
 pub(super) fn unmount(merged: &Path, lazy: bool) -> io::Result<()> {
     let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
     Ok(unmount2(merged, flags | UnmountFlags::NOFOLLOW)?)
@@ -58,8 +63,8 @@ pub(super) enum Seen {
     Never,
 }
 
-pub(super) fn look(upper: &Path, tree: &OwnedFd, name: &str) -> io::Result<Seen> {
-    match statat(CWD, upper.join(name), AtFlags::SYMLINK_NOFOLLOW) {
+pub(super) fn look(upper: &OwnedFd, tree: &OwnedFd, name: &str) -> io::Result<Seen> {
+    match statat(upper, name, AtFlags::SYMLINK_NOFOLLOW) {
         // A character device 0/0 marks what was deleted.
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice => return Ok(Seen::Never),
         Ok(_) => return Ok(Seen::Yes),

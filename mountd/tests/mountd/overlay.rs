@@ -61,9 +61,9 @@ async fn options_are_as_documented() {
     // A refresh keeps what a remount would drop.
     assert_eq!(overlays.refresh(Duration::from_secs(10)).await.unwrap(), 1);
     assert_eq!(lines(), line);
-    overlays.down(info.merged.clone(), false).await.unwrap();
+    overlays.down(info.merged.clone(), false, None).await.unwrap();
     assert!(mountinfo::mount_on(&info.merged).unwrap().is_none());
-    assert!(matches!(overlays.down(info.merged.clone(), false).await, Err(MountError::Unknown { .. })));
+    assert!(matches!(overlays.down(info.merged.clone(), false, None).await, Err(MountError::Unknown { .. })));
     mounted.stop().await;
 }
 
@@ -279,7 +279,7 @@ async fn overlays_of_others_are_adopted() {
     }
     let merged = base.join("merged");
     let overlays = mounted.daemon.as_ref().unwrap().overlays().clone();
-    assert!(matches!(overlays.adopt(merged.clone()).await, Err(MountError::Unknown { .. })));
+    assert!(matches!(overlays.adopt(merged.clone(), None).await, Err(MountError::Unknown { .. })));
     let options = format!(
         "lowerdir={},upperdir={},workdir={},metacopy=on,redirect_dir=on",
         mounted.mount.display(),
@@ -288,7 +288,7 @@ async fn overlays_of_others_are_adopted() {
     );
     let (data, target) = (std::ffi::CString::new(options).unwrap(), merged.clone());
     outside(move || mount("overlay", &target, "overlay", MountFlags::empty(), data.as_c_str()).unwrap()).await;
-    let info = overlays.adopt(merged.clone()).await.unwrap();
+    let info = overlays.adopt(merged.clone(), None).await.unwrap();
     assert!(info.adopted);
     assert_eq!(info.upper, base.join("upper"));
     let path = World::path("later");
@@ -313,9 +313,9 @@ async fn busy_overlays_stay_unless_told_otherwise() {
     let at = merged.join(path.to_string());
     let held = outside(move || fs::File::open(at).unwrap()).await;
     let overlays = mounted.daemon.as_ref().unwrap().overlays();
-    assert!(matches!(overlays.down(merged.clone(), false).await, Err(MountError::Busy { .. })));
+    assert!(matches!(overlays.down(merged.clone(), false, None).await, Err(MountError::Busy { .. })));
     assert_eq!(overlays.list().len(), 1);
-    overlays.down(merged.clone(), true).await.unwrap();
+    overlays.down(merged.clone(), true, None).await.unwrap();
     assert!(overlays.list().is_empty() && mountinfo::mount_on(&merged).unwrap().is_none());
     drop(held);
     mounted.stop().await;

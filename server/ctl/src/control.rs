@@ -1,14 +1,21 @@
 //! The worker's mountd, over its control socket: a line of JSON there, a line of JSON back.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, LINE_MAX};
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use rustix::cmsg_space;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
 use tokio::net::UnixStream;
 
 use crate::output::printable;
+
+/// Most descriptors that go along with one question.
+const DESCRIPTORS_MAX: usize = 3;
 
 /// Why mountd did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -91,8 +98,21 @@ impl ControlError {
 /// # Errors
 /// When mountd cannot be reached, does not answer in time, or refuses.
 pub async fn ask(socket: &Path, request: &ControlRequest, limit: Duration) -> Result<ControlResponse, ControlError> {
+    ask_with(socket, request, &[], limit).await
+}
+
+/// The same, with descriptors that go along with the question.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn ask_with(
+    socket: &Path,
+    request: &ControlRequest,
+    descriptors: &[BorrowedFd<'_>],
+    limit: Duration,
+) -> Result<ControlResponse, ControlError> {
     let late = |_| ControlError::Deadline { socket: socket.to_owned(), seconds: limit.as_secs() };
-    match tokio::time::timeout(limit, converse(socket, request)).await.map_err(late)?? {
+    match tokio::time::timeout(limit, converse(socket, request, descriptors)).await.map_err(late)?? {
         ControlResponse::Error { kind, message } => {
             Err(ControlError::Refused { kind, message: printable(message.as_bytes()) })
         }
@@ -100,13 +120,33 @@ pub async fn ask(socket: &Path, request: &ControlRequest, limit: Duration) -> Re
     }
 }
 
-async fn converse(socket: &Path, request: &ControlRequest) -> Result<ControlResponse, ControlError> {
+/// Sends the start of a line with descriptors; returns how much of it.
+async fn hand_over(stream: &UnixStream, line: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            Ok(sendmsg(stream, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?)
+        })
+        .await
+}
+
+async fn converse(
+    socket: &Path,
+    request: &ControlRequest,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<ControlResponse, ControlError> {
     let connect = |source| ControlError::Connect { socket: socket.to_owned(), source };
     let broken = |source| ControlError::Broken { socket: socket.to_owned(), source };
     let mut line = serde_json::to_vec(request).map_err(|source| ControlError::Answer { source })?;
     line.push(b'\n');
     let mut stream = UnixStream::connect(socket).await.map_err(connect)?;
-    stream.write_all(&line).await.map_err(broken)?;
+    // Descriptors arrive with the byte that they are sent with.
+    let sent = if descriptors.is_empty() { 0 } else { hand_over(&stream, &line, descriptors).await.map_err(broken)? };
+    stream.write_all(line.get(sent..).unwrap_or_default()).await.map_err(broken)?;
     let mut answer = Vec::new();
     let mut reader = BufReader::new(stream).take(LINE_MAX as u64 + 1);
     reader.read_until(b'\n', &mut answer).await.map_err(broken)?;

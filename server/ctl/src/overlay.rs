@@ -1,11 +1,19 @@
 //! `narlake overlay`: writable overlays over this worker's view, which mountd mounts and takes care of.
+//!
+//! An overlay of another mount namespace than mountd's, a container's for one, mountd cannot see. So whoever runs this
+//! there hands it over: with the question go a clone of the mount, what the kernel says is mounted where, and the root
+//! directory. mountd lets go of such an overlay when it is told to take it down; to unmount it is for us.
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use narlake_format::api::control::{ControlRequest, ControlResponse, OverlayInfo};
+use rustix::fs::{CWD, Mode, OFlags, fstat, open, stat};
+use rustix::mount::{OpenTreeFlags, UnmountFlags, open_tree, unmount};
 use serde::Serialize;
 
 use crate::Verdict;
@@ -42,17 +50,32 @@ pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Ve
             ControlRequest::OverlayUp { upper: absolute(upper)?, work: absolute(work)?, merged: absolute(merged)? },
         ),
         OverlayCommand::Down { merged, lazy, control } => {
-            (control, ControlRequest::OverlayDown { merged: absolute(merged)?, lazy: *lazy })
+            (control, ControlRequest::OverlayDown { merged: resolved(merged)?, lazy: *lazy })
         }
         OverlayCommand::Adopt { merged, control } => {
-            (control, ControlRequest::OverlayAdopt { merged: absolute(merged)? })
+            (control, ControlRequest::OverlayAdopt { merged: resolved(merged)? })
         }
         OverlayCommand::Refresh { merged, control } => {
             (control, ControlRequest::Refresh { merged: merged.as_deref().map(absolute).transpose()? })
         }
         OverlayCommand::List { control } => (control, ControlRequest::OverlayList),
     };
-    match control::ask(&control.control, &request, LIMIT).await? {
+    let handed = match &request {
+        ControlRequest::OverlayAdopt { merged } | ControlRequest::OverlayDown { merged, .. } => Handed::of(merged),
+        _ => None,
+    };
+    let descriptors = handed.as_ref().map(Handed::descriptors);
+    let descriptors = descriptors.as_ref().map_or(&[][..], |all| &all[..]);
+    let response = control::ask_with(&control.control, &request, descriptors, LIMIT).await?;
+    if let (ControlRequest::OverlayDown { merged, lazy }, Some(handed)) = (&request, &handed)
+        && let Err(error) = handed.unmount(merged, *lazy)
+    {
+        // Still in use here, and so in care again.
+        let request = ControlRequest::OverlayAdopt { merged: merged.clone() };
+        control::ask_with(&control.control, &request, descriptors, LIMIT).await?;
+        return Err(error).with_context(|| format!("unmount {}", merged.display()));
+    }
+    match response {
         ControlResponse::Done => output.report(&Done { done: true })?,
         ControlResponse::Overlay(overlay) => output.report(&Overlays { overlays: vec![overlay], verbose: true })?,
         ControlResponse::Overlays { overlays } => output.report(&Overlays { overlays, verbose: false })?,
@@ -66,6 +89,44 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     let path = std::path::absolute(path).with_context(|| format!("find {}", path.display()))?;
     // Kernel and Nix compare mount points by their text; a slash at the end would make it another one.
     Ok(path.components().collect())
+}
+
+/// As the kernel spells it, if it is there.
+fn resolved(path: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::canonicalize(path).or_else(|_| absolute(path))
+}
+
+/// An overlay as it is handed over.
+struct Handed {
+    mountinfo: OwnedFd,
+    tree: OwnedFd,
+    root: OwnedFd,
+}
+
+impl Handed {
+    /// What is mounted here, if that can be had; else mountd is left to say what is wrong.
+    fn of(merged: &Path) -> Option<Self> {
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = open_tree(CWD, merged, clone).ok()?;
+        let mountinfo = File::open("/proc/self/mountinfo").ok()?.into();
+        let root = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        Some(Self { mountinfo, tree, root })
+    }
+
+    /// In the order in which mountd takes them.
+    fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+        [self.mountinfo.as_fd(), self.tree.as_fd(), self.root.as_fd()]
+    }
+
+    /// Unmounts it, if it is still there: then it was not mountd's to unmount.
+    fn unmount(&self, merged: &Path, lazy: bool) -> io::Result<()> {
+        let (was, is) = (fstat(&self.tree)?.st_dev, stat(merged).map(|stat| stat.st_dev));
+        if is != Ok(was) {
+            return Ok(());
+        }
+        let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+        Ok(unmount(merged, flags | UnmountFlags::NOFOLLOW)?)
+    }
 }
 
 impl Report for Done {
