@@ -83,7 +83,7 @@ impl RecordSource for Records {
         match &answer {
             Ok(Some(record)) => self.keep(record, kept.as_ref()).await,
             Ok(None) if kept.is_some() => {
-                on_disk(&self.metadata, move |metadata| metadata.forget_record(&wanted)).await
+                on_disk(&self.metadata, move |metadata| metadata.forget_record(&wanted)).await;
             }
             Ok(None) | Err(_) => {}
         }

@@ -17,11 +17,11 @@ use crate::kit::{Mood, Node, World, dir, file, link, noise, outside};
 async fn closure(world: &World) -> Vec<(StorePath, Node)> {
     let references: Vec<String> =
         (0..100).map(|n| format!("/nix/store/{}\n", World::path(&format!("part-{n}")))).collect();
-    let many = dir([("list", file(references.concat())), ("deep", dir([("link", link(&references[3].trim_end()))]))]);
+    let many = dir([("list", file(references.concat())), ("deep", dir([("link", link(references[3].trim_end()))]))]);
     let plain = dir([("a", file(noise(1, 300_000))), ("b", file(b"b")), ("empty", dir([]))]);
     let first = world.push("many", &many, &[]).await;
     let second = world.push("plain", &plain, std::slice::from_ref(&first)).await;
-    let third = world.push("file", &file(b"just a file"), &[second.clone()]).await;
+    let third = world.push("file", &file(b"just a file"), std::slice::from_ref(&second)).await;
     vec![(first, many), (second, plain), (third, file(b"just a file"))]
 }
 
