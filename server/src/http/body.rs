@@ -93,7 +93,7 @@ pub fn incoming(
     announced(headers, bytes_max)?;
     let decoder_bytes_max = coding::DECODER_BYTES_MAX;
     let bounds = Bounds { bytes_max, expansion_max: state.limits.expansion_max, decoder_bytes_max };
-    Ok(decoded(received(state, route, body), content_coding(headers)?, bounds))
+    Ok(coding::decode(received(state, route, body), content_coding(headers)?, bounds))
 }
 
 /// A whole body of a push, of at most so many bytes, without its content coding, and its memory, to be kept as long as
@@ -121,7 +121,7 @@ pub async fn whole(
         expansion_max: state.limits.expansion_max,
         decoder_bytes_max: DECODER_BYTES_MAX as u64,
     };
-    let text = collect(state, decoded(received(state, route, body), coding, bounds), text_max).await?;
+    let text = collect(state, coding::decode(received(state, route, body), coding, bounds), text_max).await?;
     buffer.shrink(text.len());
     Ok((text.into(), buffer))
 }
@@ -147,7 +147,7 @@ pub async fn question(
     let length = announced(headers, bytes_max as u64)?.unwrap_or(bytes_max);
     let mut buffer = state.answers.take(length * weight).await?;
     let bounds = Bounds { bytes_max: length as u64, expansion_max: 1, decoder_bytes_max: 0 };
-    let text = collect(state, decoded(received(state, route, body), Compression::None, bounds), length).await?;
+    let text = collect(state, coding::decode(received(state, route, body), Compression::None, bounds), length).await?;
     buffer.shrink(text.len() * weight);
     Ok((text, buffer))
 }
@@ -161,13 +161,6 @@ fn announced(headers: &HeaderMap, bytes_max: u64) -> Result<Option<usize>, HttpE
     }
     // What is above the address space cannot be sent either.
     Ok(length.map(|length| usize::try_from(length).unwrap_or(usize::MAX)))
-}
-
-fn decoded(stream: ByteStream, coding: Compression, bounds: Bounds) -> ByteStream {
-    match coding {
-        Compression::None => coding::decode(stream, Compression::None, bounds),
-        coding => coding::decode(coding::decode(stream, coding, bounds), Compression::None, bounds),
-    }
 }
 
 /// A stream of at most so many bytes, whole, within the time for that.
