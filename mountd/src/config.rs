@@ -284,7 +284,7 @@ mod tests {
         match (checked, expect) {
             (Ok(_), Ok(())) => {}
             (Err(error), Err(part)) => {
-                let error = crate::error::chain(&error);
+                let error = narlake_format::error::chain(&error);
                 assert!(error.contains(part), "{error}");
             }
             (checked, expect) => panic!("{text}: {checked:?}, expected {expect:?}"),

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, MountStatus};
+use narlake_format::error::chain;
 use narlake_format::nix::store_path::StorePath;
 use narlake_storage::fetch::Fetcher;
 use tokio::io::AsyncWriteExt;
@@ -127,7 +128,7 @@ impl Control {
             Err(error) => return invalid(&format!("malformed request: {error}")),
         };
         self.carry_out(request, Handed::new(handed), stop).await.unwrap_or_else(|error| {
-            let message = crate::error::chain(&error);
+            let message = chain(&error);
             tracing::warn!(error = message, "control request failed");
             ControlResponse::Error { kind: error.kind(), message }
         })

@@ -1,4 +1,4 @@
-//! Errors as one line, for logs and for people; and panics, handed on to who waits.
+//! Panics of tasks, handed on to who waits for them.
 
 use tokio::task::JoinHandle;
 
@@ -12,17 +12,4 @@ pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
             Err(_) => std::future::pending().await,
         },
     }
-}
-
-/// The error and all its causes.
-#[must_use]
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use narlake_format::error::chain;
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::nix::store_path::StorePath;
 
@@ -250,7 +251,7 @@ impl LazyStore {
                 if let Some(name) = name {
                     path = format!("{path}/{}", String::from_utf8_lossy(name));
                 }
-                let error = crate::error::chain(error);
+                let error = chain(error);
                 tracing::error!(op = operation, path, node = format_args!("{:#x}", node.0), error, "operation failed");
             }
         }

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use narlake_format::error::chain;
 use narlake_format::nix::store_path::StorePath;
 use narlake_format::nix::worker::{Decoded, Handshake, Missing, PathInfo, Reply, Request, Trust, WorkerError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -80,7 +81,7 @@ impl NixSocket {
                     () = stop.cancelled() => {}
                     ended = socket.converse(stream) => {
                         if let Err(error) = ended {
-                            tracing::warn!(error = crate::error::chain(&error), "connection to the Nix socket ended");
+                            tracing::warn!(error = chain(&error), "connection to the Nix socket ended");
                         }
                     }
                 }
@@ -116,7 +117,7 @@ impl NixSocket {
         match self.try_answer(request).await {
             Ok(reply) => reply,
             Err(error) => {
-                let error = crate::error::chain(&error);
+                let error = chain(&error);
                 tracing::error!(op = request.operation().name(), error, "request on the Nix socket failed");
                 Reply::Error(failure(&error))
             }

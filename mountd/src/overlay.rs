@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use narlake_format::api::control::OverlayInfo;
+use narlake_format::error::chain;
 
 use self::care::{LOOKS_MAX, Overlay};
 use self::gate::{Gate, Limit};
@@ -263,10 +264,12 @@ impl Overlays {
                 Err(MountError::Busy { .. }) => {
                     tracing::warn!(%merged, "overlay is in use, detached");
                     if let Err(error) = self.down_blocking(&info.merged, true) {
-                        tracing::error!(%merged, error = crate::error::chain(&error), "detach the overlay");
+                        tracing::error!(%merged, error = chain(&error), "detach the overlay");
                     }
                 }
-                Err(error) => tracing::error!(%merged, error = crate::error::chain(&error), "unmount the overlay"),
+                Err(error) => {
+                    tracing::error!(%merged, error = chain(&error), "unmount the overlay");
+                }
             }
         }
         // Those of others stay where they are; only the clones go.

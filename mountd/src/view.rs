@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use narlake_format::error::chain;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use narlake_storage::ErrorKind;
@@ -264,7 +265,7 @@ impl View {
                 match view.refresh().await {
                     Ok(_) => view.inner.negative.paid(began),
                     Err(error) => {
-                        let error = crate::error::chain(&error);
+                        let error = chain(&error);
                         tracing::warn!(error, "refresh the overlays, for names that were forgotten");
                         tokio::time::sleep(negative::SETTLE).await;
                     }
@@ -305,7 +306,7 @@ impl View {
         let asked = tokio::time::timeout(wait, self.ask_in_turn(&path.hash)).await;
         match asked.unwrap_or(Err(ViewError::Deadline { limit_ms })) {
             Err(error) if error.is_outage() => {
-                tracing::warn!(path = %path, error = crate::error::chain(&error), "server is down, path taken as absent");
+                tracing::warn!(path = %path, error = chain(&error), "server is down, path taken as absent");
                 *down_until() = Some(Instant::now() + OUTAGE_PAUSE);
                 Ok(None)
             }

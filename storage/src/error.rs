@@ -215,14 +215,7 @@ impl Error {
     /// The error and all its causes, on one line.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        narlake_format::error::chain(self)
     }
 
     pub(crate) fn state(operation: &'static str, path: &std::path::Path, source: std::io::Error) -> Self {

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 
+use narlake_format::error::chain;
 use narlake_format::id::{BlobId, BlobKind};
 use narlake_format::limits::CLOSURE_MAX;
 use narlake_format::nix::store_path::{StorePath, StorePathHash};
@@ -83,7 +84,9 @@ impl View {
         tokio::spawn(async move {
             match view.load_closures(&[root]).await {
                 Ok(closures) => view.warm(&closures.records).await,
-                Err(error) => tracing::warn!(root = %root, error = crate::error::chain(&error), "prefetch the closure"),
+                Err(error) => {
+                    tracing::warn!(root = %root, error = chain(&error), "prefetch the closure");
+                }
             }
             view.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
         });
@@ -153,7 +156,7 @@ impl View {
             result
         });
         if let Ok(Err(error)) = numbered.await {
-            tracing::error!(error = crate::error::chain(&error), "number the objects of a closure");
+            tracing::error!(error = chain(&error), "number the objects of a closure");
         }
     }
 }

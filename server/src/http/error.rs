@@ -11,7 +11,7 @@ use std::sync::Arc;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use narlake_format::api::DAMAGED_HEADER;
-use narlake_format::error::FormatError;
+use narlake_format::error::{FormatError, chain};
 use narlake_format::nix::narinfo::NarInfoError;
 use narlake_storage::{Error, ErrorKind};
 
@@ -190,16 +190,4 @@ pub fn panicked(payload: Box<dyn Any + Send>) -> Response {
         .or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_default();
     HttpError::internal(StatusCode::INTERNAL_SERVER_ERROR, Panicked(text)).into_response()
-}
-
-/// An error and its causes, on one line.
-pub fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

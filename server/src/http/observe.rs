@@ -15,11 +15,12 @@ use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
+use narlake_format::error::chain;
 use serde_json::json;
 use tokio::time::Instant;
 
 use super::body::{Aborted, BodyError};
-use super::error::{Panicked, Problem, chain};
+use super::error::{Panicked, Problem};
 use super::serve::Peer;
 use super::{Shared, pattern};
 use crate::metrics::{InFlight, Metrics};
