@@ -134,7 +134,13 @@ fn damage_is_told_by_place_and_field() {
     check("lake/segment-v1.bin", &cut, &["is not a valid index segment", "at offset"]);
     check("lake/manifest-header-v1.bin", &cut, &["is not a valid manifest header", "at offset"]);
     check("lake/record-v1.narinfo", &cut, &["is not a valid narinfo", "ends inside line"]);
-    check("lake/record-v1.narinfo", &|bytes| bytes.extend_from_slice(b"X-Narlake-Other: x\n"), &["unknown field"]);
+    let append = |bytes: &mut Vec<u8>| bytes.extend_from_slice(b"X-Narlake-Other: x\n");
+    check("lake/record-v1.narinfo", &append, &["lacks X-Narlake-Checksum"]);
+    let forge = |bytes: &mut Vec<u8>| {
+        let digit = bytes.len() - 2;
+        bytes[digit] = if bytes[digit] == b'0' { b'1' } else { b'0' };
+    };
+    check("lake/record-v1.narinfo", &forge, &["X-Narlake-Checksum", "at offset"]);
 }
 
 #[test]
