@@ -10,9 +10,10 @@ use narlake_format::nix::signature::SecretKey;
 use narlake_storage::{Bucket, Cache, Components, Lake, Metrics, OsEntropy, Settings, SystemClock, UploadName};
 
 use crate::corpus::Item;
+use crate::span::{Span, Timer};
 
-/// Pushes at once, as a Nix client with a few cores does.
-const PUSHES: usize = 4;
+/// Pushes at once. A Nix client copies as many paths at once as it has cores, and a lake has more than one client.
+pub const PUSHES: usize = 8;
 /// Bytes of one buffer of an upload.
 const BODY_BYTES: usize = 64 << 10;
 
@@ -39,12 +40,12 @@ impl Engine {
         Self { lake, cache, key }
     }
 
-    /// Takes a generation in, everything durable, and returns the seconds it took.
+    /// Takes a generation in, [`PUSHES`] paths at a time, everything durable, and says what that took.
     ///
     /// # Panics
     /// Where a push fails.
-    pub async fn ingest(&self, items: &[Item]) -> f64 {
-        let start = Instant::now();
+    pub async fn ingest(&self, items: &[Item]) -> Span {
+        let timer = Timer::process();
         futures::stream::iter(items.iter().map(Ok::<_, narlake_storage::Error>))
             .try_for_each_concurrent(PUSHES, |item| async move {
                 let name = UploadName::parse(&item.info.url).expect("an uploaded NAR");
@@ -57,7 +58,7 @@ impl Engine {
             })
             .await
             .expect("a push");
-        start.elapsed().as_secs_f64()
+        timer.stop()
     }
 
     /// Publishes what was taken in.

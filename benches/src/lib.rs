@@ -3,6 +3,7 @@
 pub mod corpus;
 pub mod engine;
 pub mod parts;
+pub mod span;
 
 /// Megabytes (10^6) a second.
 #[must_use]

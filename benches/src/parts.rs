@@ -1,7 +1,6 @@
 //! The unavoidable parts of an ingest, each alone, on one thread: what the whole is held against.
 
 use std::collections::HashSet;
-use std::time::Instant;
 
 use narlake_format::id::{BlobKind, ChunkId};
 use narlake_format::lake::chunker::Chunker;
@@ -10,8 +9,9 @@ use narlake_format::nar::{Event, NarError, Reader};
 use sha2::{Digest, Sha256};
 
 use crate::corpus::Item;
+use crate::span::Timer;
 
-/// Seconds that each part takes for a whole generation.
+/// Seconds of processor time that each part takes for a whole generation.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Parts {
     /// NarHash.
@@ -48,13 +48,13 @@ pub fn measure(items: &[Item], level: i32) -> Parts {
     let mut encoder = FrameEncoder::new(level);
     let mut seen: HashSet<ChunkId> = HashSet::new();
     for item in items {
-        let start = Instant::now();
+        let timer = Timer::thread();
         std::hint::black_box(Sha256::digest(&item.nar));
-        parts.sha256 += start.elapsed().as_secs_f64();
+        parts.sha256 += timer.stop().cpu;
 
         let files = files(&item.nar);
         let mut cuts: Vec<(usize, usize)> = Vec::new();
-        let start = Instant::now();
+        let timer = Timer::thread();
         let mut chunker = Chunker::new();
         let mut offset = 0;
         for file in &files {
@@ -65,13 +65,13 @@ pub fn measure(items: &[Item], level: i32) -> Parts {
             });
             chunker.end();
         }
-        parts.cdc += start.elapsed().as_secs_f64();
+        parts.cdc += timer.stop().cpu;
 
         let flat = files.concat();
         let chunks: Vec<&[u8]> = cuts.iter().map(|(at, length)| &flat[*at..at + length]).collect();
-        let start = Instant::now();
+        let timer = Timer::thread();
         let ids: Vec<ChunkId> = chunks.iter().map(|chunk| ChunkId::of(chunk)).collect();
-        parts.blake3 += start.elapsed().as_secs_f64();
+        parts.blake3 += timer.stop().cpu;
 
         let mut frames = vec![FrameContent::default()];
         for (id, chunk) in ids.iter().zip(&chunks) {
@@ -84,11 +84,11 @@ pub fn measure(items: &[Item], level: i32) -> Parts {
                 }
             }
         }
-        let start = Instant::now();
+        let timer = Timer::thread();
         for frame in frames.iter().filter(|frame| !frame.is_empty()) {
             std::hint::black_box(encoder.encode(frame));
         }
-        parts.zstd += start.elapsed().as_secs_f64();
+        parts.zstd += timer.stop().cpu;
     }
     parts
 }

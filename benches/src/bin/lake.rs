@@ -1,19 +1,27 @@
 //! `lake GEN1 GEN2 [THREADS]`: how fast a generation goes in and out, and what it and its mass rebuild take.
 //!
 //! Everything is measured in one process and run, so that the figures are ratios of each other. The parts of an ingest
-//! run alone, on one thread; the engine uses THREADS for compressing beside the two of each push. For figures per core
-//! run it pinned to one (`taskset -c 0`).
+//! run alone, on one thread; the engine takes several pushes at once, as clients send them, and uses THREADS for
+//! compressing. For figures per core run it pinned to one (`taskset -c 0`).
+//!
+//! `ratio` is the share of the limit by the clock on the wall, and `cpu_ratio` the processor time of the parts over that
+//! of the engine, which says the same of one core where other processes disturb the run. Parts and ingests are medians of
+//! several runs, new data each time in a lake of its own.
 #![allow(clippy::print_stdout, reason = "the result of a benchmark is its output")]
 
 use std::path::Path;
 
 use narlake_bench::corpus::{self, Item};
-use narlake_bench::engine::{Engine, bucket_bytes, pack_bytes};
-use narlake_bench::{parts, rate};
+use narlake_bench::engine::{Engine, PUSHES, bucket_bytes, pack_bytes};
+use narlake_bench::parts::{self, Parts};
+use narlake_bench::rate;
+use narlake_bench::span::Span;
 use serde_json::json;
 
 /// Level of new frames and of the whole-NAR comparison.
 const LEVEL: i32 = 3;
+/// Times that parts and ingests are measured.
+const ROUNDS: usize = 5;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -30,13 +38,26 @@ fn main() {
 
 async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Value {
     let bytes: u64 = first.iter().map(|item| item.nar.len() as u64).sum();
-    let alone = parts::measure(first, LEVEL);
-    // In memory where there is such a place: the engine is measured here, not the disk.
-    let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory");
+    let measured: Vec<Parts> = (0..ROUNDS).map(|_| parts::measure(first, LEVEL)).collect();
+    let alone = Parts {
+        sha256: median(measured.iter().map(|parts| parts.sha256)),
+        cdc: median(measured.iter().map(|parts| parts.cdc)),
+        blake3: median(measured.iter().map(|parts| parts.blake3)),
+        zstd: median(measured.iter().map(|parts| parts.zstd)),
+    };
+    let mut new = Vec::new();
+    for _ in 1..ROUNDS {
+        let directory = directory();
+        new.push(Engine::open(directory.path(), threads).await.ingest(first).await);
+    }
+    let directory = directory();
     let engine = Engine::open(directory.path(), threads).await;
-    let new = engine.ingest(first).await;
+    new.push(engine.ingest(first).await);
     engine.publish(first).await;
-    let known = engine.ingest(first).await;
+    let mut known = Vec::new();
+    for _ in 0..ROUNDS {
+        known.push(engine.ingest(first).await);
+    }
     let export = engine.export(first).await;
     engine.close().await;
     let tables_first = engine.table_bytes(first).await;
@@ -52,8 +73,13 @@ async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Val
     let zstd = |items: &[Item]| -> u64 {
         items.iter().map(|item| zstd::bulk::compress(&item.nar, LEVEL).map_or(0, |z| z.len() as u64)).sum()
     };
-    let (limit_new, limit_known) = (rate(bytes, alone.new_data()), rate(bytes, alone.known_data()));
-    let round = |value: f64| (value * 1000.0).round() / 1000.0;
+    let ingest = |spans: Vec<Span>, limit: f64| {
+        let (wall, cpu) = (median(spans.iter().map(|span| span.wall)), median(spans.iter().map(|span| span.cpu)));
+        json!({
+            "mb_s": round(rate(bytes, wall)), "limit_mb_s": round(rate(bytes, limit)), "ratio": round(limit / wall),
+            "cpu_ratio": round(limit / cpu), "cores_used": round(cpu / wall),
+        })
+    };
     json!({
         "paths": first.len(),
         "nar_mb": round(bytes as f64 / 1e6),
@@ -64,13 +90,9 @@ async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Val
             "blake3": round(rate(bytes, alone.blake3)),
             "zstd": round(rate(bytes, alone.zstd)),
         },
-        "ingest_new": {
-            "mb_s": round(rate(bytes, new)), "limit_mb_s": round(limit_new), "ratio": round(rate(bytes, new) / limit_new),
-        },
-        "ingest_known": {
-            "mb_s": round(rate(bytes, known)), "limit_mb_s": round(limit_known),
-            "ratio": round(rate(bytes, known) / limit_known),
-        },
+        "pushes": PUSHES,
+        "ingest_new": ingest(new, alone.new_data()),
+        "ingest_known": ingest(known, alone.known_data()),
         "export_mb_s": round(rate(bytes, export)),
         "stored_mb": { "first": round(stored_first as f64 / 1e6), "rebuild": round(stored_second as f64 / 1e6) },
         "rebuild_percent_of_first": round(stored_second as f64 * 100.0 / stored_first.max(1) as f64),
@@ -83,6 +105,21 @@ async fn run(first: &[Item], second: &[Item], threads: usize) -> serde_json::Val
         },
         "bucket": bucket_bytes(directory.path()).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     })
+}
+
+/// In memory where there is such a place: the engine is measured here, not the disk.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory")
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
 }
 
 /// Bytes of all packs. String tables are kept in path records where they are short, and are added where this is used;
