@@ -59,10 +59,12 @@ pub fn measure(items: &[Item], level: i32) -> Parts {
         let mut offset = 0;
         for file in &files {
             chunker.begin(file.len() as u64);
-            chunker.push(file, &mut |chunk| {
+            let mut on = |chunk: &[u8]| {
                 cuts.push((offset, chunk.len()));
                 offset += chunk.len();
-            });
+                Ok::<(), ()>(())
+            };
+            chunker.cut(file, &mut on).expect("nothing fails");
             chunker.end();
         }
         parts.cdc += timer.stop().cpu;

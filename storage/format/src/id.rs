@@ -153,13 +153,19 @@ impl fmt::Debug for FileId {
 pub struct LongFileHasher(blake3::Hasher);
 
 impl LongFileHasher {
+    /// The size of pieces, in bytes, that are hashed at full speed: a power of two, so that pieces of that size that follow
+    /// each other are whole subtrees.
+    pub const PIECE: usize = 64 << 10;
+
     /// A hasher that has seen no bytes.
     #[must_use]
     pub fn new() -> Self {
-        Self(blake3::Hasher::new_derive_key(FILE_LONG_CONTEXT))
+        static KEYED: LazyLock<blake3::Hasher> = LazyLock::new(|| blake3::Hasher::new_derive_key(FILE_LONG_CONTEXT));
+        Self(KEYED.clone())
     }
 
-    /// Takes the next bytes of the file.
+    /// Takes the next bytes of the file. Fastest in pieces of [`Self::PIECE`] bytes, the last one aside: BLAKE3 hashes
+    /// many blocks at once only where whole subtrees of its tree are there.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }

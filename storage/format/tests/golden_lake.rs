@@ -134,9 +134,11 @@ fn chunks() {
         let mut chunks = Vec::new();
         let mut chunker = Chunker::new();
         chunker.begin(file.len() as u64);
-        chunker.push(file, &mut |chunk| {
+        let mut on = |chunk: &[u8]| {
             chunks.push(json!({"length": chunk.len(), "id": ChunkId::of(chunk).to_string()}));
-        });
+            Ok::<(), ()>(())
+        };
+        chunker.cut(file, &mut on).unwrap();
         chunker.end();
         listed.push(json!({
             "file": what, "length": file.len(), "id": FileId::of(file).to_string(), "chunks": chunks,

@@ -24,6 +24,10 @@ use crate::pack::writer::Session;
 /// Blobs of this push whose frames may not have been appended yet; beyond, those that have are forgotten.
 const FRESH_MAX: usize = 1 << 16;
 
+/// Scrubbed bytes that are hashed and cut in one go, where a file has as many: a few pieces at full speed, and what is
+/// left over and moved to the front each time is little beside it. Fits the cache of a core.
+const STRETCH: usize = 4 * LongFileHasher::PIECE;
+
 /// What cutting a whole NAR gives.
 pub(super) struct Cut {
     pub(super) finished: ManifestId,
@@ -41,8 +45,12 @@ pub(super) struct Cutter {
     scrubber: Scrubber,
     chunker: Chunker,
     tree: Tree,
-    /// Scrubbed bytes on their way to the chunker.
+    /// Scrubbed bytes of the file that is open: those behind its last chunk, and those not hashed yet.
     scrubbed: Vec<u8>,
+    /// How many of them are in chunks.
+    cut: usize,
+    /// How many of them the file's own id covers.
+    hashed: usize,
     patches: Vec<Patch>,
 }
 
@@ -66,6 +74,8 @@ impl Cutter {
                 },
             },
             scrubbed: Vec::new(),
+            cut: 0,
+            hashed: 0,
             patches: Vec::new(),
         }
     }
@@ -98,12 +108,18 @@ impl Cutter {
                 self.chunker.begin(size);
             }
             Event::Data(bytes) => {
-                self.scrubber.write(bytes, &mut self.scrubbed, &mut self.patches);
-                self.forward()?;
+                for bytes in bytes.chunks(STRETCH) {
+                    self.scrubber.write(bytes, &mut self.scrubbed, &mut self.patches);
+                    self.take_patches();
+                    if self.scrubbed.len() - self.cut >= STRETCH {
+                        self.forward(self.whole_pieces())?;
+                    }
+                }
             }
             Event::EndFile => {
                 self.scrubber.end(&mut self.scrubbed, &mut self.patches);
-                self.forward()?;
+                self.take_patches();
+                self.forward(self.scrubbed.len())?;
                 self.chunker.end();
                 self.tree.end_file()?;
             }
@@ -120,25 +136,32 @@ impl Cutter {
         Ok(())
     }
 
-    /// Moves what the scrubber let go to the chunker.
-    fn forward(&mut self) -> Result<(), Error> {
+    /// Notes what the scrubber took out.
+    fn take_patches(&mut self) {
         for patch in self.patches.drain(..) {
             let length = self.scrubber.span_length(&patch);
             self.tree.file.patch(patch, length);
         }
-        // In as large pieces as they come: BLAKE3 is fastest on many whole blocks.
+    }
+
+    /// The end of the last whole piece that can be hashed.
+    fn whole_pieces(&self) -> usize {
+        self.scrubbed.len() - (self.scrubbed.len() - self.hashed) % LongFileHasher::PIECE
+    }
+
+    /// Hashes what the scrubber let go, up to `hash_to`, and cuts all of it as far as the file has come.
+    fn forward(&mut self, hash_to: usize) -> Result<(), Error> {
         if let Some(hasher) = &mut self.tree.file.long {
-            hasher.update(&self.scrubbed);
+            hasher.update(&self.scrubbed[self.hashed..hash_to]);
         }
-        let mut outcome = Ok(());
+        self.hashed = hash_to;
         let tree = &mut self.tree;
-        self.chunker.push(&self.scrubbed, &mut |chunk| {
-            if outcome.is_ok() {
-                outcome = tree.chunk(chunk);
-            }
-        });
-        self.scrubbed.clear();
-        outcome
+        self.cut += self.chunker.cut(&self.scrubbed[self.cut..], &mut |chunk| tree.chunk(chunk))?;
+        let done = self.cut.min(self.hashed);
+        self.scrubbed.drain(..done);
+        self.cut -= done;
+        self.hashed -= done;
+        Ok(())
     }
 }
 

@@ -6,8 +6,8 @@
 //! under [`ChunkerVersion::V1`], since they decide which chunks there are; docs/format/chunk.md states them.
 //!
 //! Cuts depend on the file's bytes alone, never on how they arrive: the algorithm is always shown as much as the largest
-//! chunk could have, or all that is left of the file. What a push leaves over is kept, at most one largest chunk; where
-//! a push brings enough, chunks are slices of it and nothing is copied.
+//! chunk could have, or all that is left of the file. What is left over belongs to the caller, who shows it again with
+//! more behind it; so nothing is copied here.
 
 use std::sync::LazyLock;
 
@@ -45,14 +45,8 @@ static MASKS: LazyLock<(u64, u64)> = LazyLock::new(|| select_masks(CHUNK_AVG, No
 pub struct Chunker {
     /// Bytes of the file.
     size: u64,
-    /// Of which this many have been pushed.
-    pushed: u64,
-    /// Bytes kept from earlier pushes, from `start` on.
-    ///
-    /// Invariant: between two pushes fewer than `CHUNK_MAX` of them, and at the end of the file none.
-    kept: Vec<u8>,
-    /// Where in `kept` the next chunk starts. Cutting off the front each time would move every byte for each chunk.
-    start: usize,
+    /// Of which this many are in chunks.
+    cut: u64,
 }
 
 impl Chunker {
@@ -67,82 +61,54 @@ impl Chunker {
     /// # Panics
     /// If the file before has not ended.
     pub fn begin(&mut self, size: u64) {
-        assert_eq!(self.pushed, self.size, "a file begins where the last one has ended");
+        self.end();
         self.size = size;
-        self.pushed = 0;
+        self.cut = 0;
     }
 
-    /// Takes the next bytes of the file and calls `on` with each chunk that is complete. With the last byte of the
-    /// file, all its chunks are.
+    /// Takes the bytes of the file that follow the last chunk, as far as they are there, calls `on` with each chunk that
+    /// is complete, and says how many bytes those have: all of them, once they are all that is left of the file, else all
+    /// but fewer than [`CHUNK_MAX`]. The next call starts with the others.
+    ///
+    /// # Errors
+    /// What `on` returns; the chunker is then void.
     ///
     /// # Panics
     /// If the bytes are more than the file has left.
-    pub fn push(&mut self, bytes: &[u8], on: &mut impl FnMut(&[u8])) {
-        self.pushed += bytes.len() as u64;
-        assert!(self.pushed <= self.size, "a file has as many bytes as it began with");
+    pub fn cut<E>(&mut self, bytes: &[u8], on: &mut impl FnMut(&[u8]) -> Result<(), E>) -> Result<usize, E> {
+        assert!(bytes.len() as u64 <= self.size - self.cut, "a file has as many bytes as it began with");
         let mut rest = bytes;
-        while self.kept_len() > 0 {
-            let before = self.kept_len();
-            // Cutting leaves fewer than CHUNK_MAX.
-            let (taken, after) = rest.split_at(rest.len().min(CHUNK_MAX - before));
-            self.kept.extend_from_slice(taken);
-            let Some(length) = self.next_cut(&self.kept[self.start..], after.is_empty()) else { return };
-            on(&self.kept[self.start..self.start + length]);
-            self.start += length;
-            if length >= before {
-                // All that was kept is gone: go on in the pushed bytes themselves.
-                rest = &rest[length - before..];
-                self.kept.clear();
-                self.start = 0;
-            } else {
-                rest = after;
-                self.compact();
-            }
-        }
-        while let Some(length) = self.next_cut(&rest[..rest.len().min(CHUNK_MAX)], rest.len() <= CHUNK_MAX) {
+        while let Some(length) = self.next_cut(rest) {
             let (chunk, after) = rest.split_at(length);
-            on(chunk);
+            self.cut += length as u64;
             rest = after;
+            on(chunk)?;
         }
-        self.kept.extend_from_slice(rest);
+        Ok(bytes.len() - rest.len())
     }
 
     /// The file ends here.
     ///
     /// # Panics
     /// If bytes are missing.
-    pub fn end(&mut self) {
-        assert_eq!(self.pushed, self.size, "a file has as many bytes as it began with");
-        assert_eq!(self.kept_len(), 0, "the last push gives the last chunk");
+    pub fn end(&self) {
+        assert_eq!(self.cut, self.size, "a file has as many bytes as it began with");
     }
 
-    fn kept_len(&self) -> usize {
-        self.kept.len() - self.start
-    }
-
-    /// The length of the chunk that `bytes` start with, or none before enough of them are there. `all` says that they
-    /// are all that has been pushed.
-    fn next_cut(&self, bytes: &[u8], all: bool) -> Option<usize> {
-        let last = all && self.pushed == self.size;
+    /// The length of the chunk that `bytes` start with, or none before enough of them are there.
+    fn next_cut(&self, bytes: &[u8]) -> Option<usize> {
+        let last = self.size - self.cut == bytes.len() as u64;
         if bytes.is_empty() || (bytes.len() < CHUNK_MAX && !last) {
             return None;
         }
         if self.size <= CHUNK_AVG as u64 {
             return Some(bytes.len());
         }
+        let window = bytes.get(..CHUNK_MAX).unwrap_or(bytes);
         let (strict, lax) = *MASKS;
-        let (_, length) = cut(bytes, CHUNK_MIN, CHUNK_AVG, CHUNK_MAX, strict, lax, strict << 1, lax << 1);
-        assert!((1..=bytes.len().min(CHUNK_MAX)).contains(&length), "length of a chunk");
+        let (_, length) = cut(window, CHUNK_MIN, CHUNK_AVG, CHUNK_MAX, strict, lax, strict << 1, lax << 1);
+        assert!((1..=window.len()).contains(&length), "length of a chunk");
         Some(length)
-    }
-
-    /// Moves what is kept to the front once as much has been cut off as is left at most, so that each byte is moved
-    /// about once.
-    fn compact(&mut self) {
-        if self.start >= CHUNK_MAX {
-            self.kept.drain(..self.start);
-            self.start = 0;
-        }
     }
 }
 

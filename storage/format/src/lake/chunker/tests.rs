@@ -20,26 +20,28 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// The lengths of a file's chunks when it is pushed in pieces of these lengths, over and over.
+/// The lengths of a file's chunks when it arrives in pieces of these lengths, over and over.
 fn cuts(chunker: &mut Chunker, file: &[u8], pieces: &[usize]) -> Vec<usize> {
     let mut lengths = Vec::new();
-    let mut content = Vec::new();
-    let mut on = |chunk: &[u8]| {
-        lengths.push(chunk.len());
-        content.extend_from_slice(chunk);
-    };
     chunker.begin(file.len() as u64);
-    let mut rest = file;
+    let (mut cut, mut arrived) = (0, 0);
     for piece in pieces.iter().cycle() {
-        let (now, later) = rest.split_at(rest.len().min(*piece));
-        chunker.push(now, &mut on);
-        rest = later;
-        if rest.is_empty() {
+        arrived = arrived.saturating_add(*piece).min(file.len());
+        let mut at = cut;
+        let mut on = |chunk: &[u8]| {
+            lengths.push(chunk.len());
+            assert_eq!(chunk, &file[at..at + chunk.len()], "chunks end to end are the file");
+            at += chunk.len();
+            Ok::<(), ()>(())
+        };
+        cut += chunker.cut(&file[cut..arrived], &mut on).unwrap();
+        assert!(arrived - cut < CHUNK_MAX, "what the caller keeps");
+        if arrived == file.len() {
             break;
         }
     }
     chunker.end();
-    assert_eq!(content, file, "chunks end to end are the file");
+    assert_eq!(cut, file.len());
     lengths
 }
 
@@ -102,7 +104,7 @@ fn edits_are_local() {
 fn more_bytes_than_announced() {
     let mut chunker = Chunker::new();
     chunker.begin(3);
-    chunker.push(b"four", &mut |_| {});
+    let _ = chunker.cut(b"four", &mut |_| Ok::<(), ()>(()));
 }
 
 #[test]
@@ -110,8 +112,21 @@ fn more_bytes_than_announced() {
 fn fewer_bytes_than_announced() {
     let mut chunker = Chunker::new();
     chunker.begin(5);
-    chunker.push(b"four", &mut |_| {});
+    assert_eq!(chunker.cut(b"four", &mut |_| Ok::<(), ()>(())), Ok(0), "the rest may still come");
     chunker.end();
+}
+
+#[test]
+fn the_first_error_ends_it() {
+    let mut chunker = Chunker::new();
+    chunker.begin(1 << 20);
+    let mut calls = 0;
+    let mut refuse = |_: &[u8]| {
+        calls += 1;
+        Err("no")
+    };
+    assert_eq!(chunker.cut(&noise(4, 1 << 20), &mut refuse), Err("no"));
+    assert_eq!(calls, 1);
 }
 
 proptest! {
