@@ -17,7 +17,8 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::stream::Fuse;
+use futures::{FutureExt, Stream, StreamExt};
 use narlake_format::id::{ManifestId, TableId};
 use narlake_format::lake::location::{Domain, PackRef};
 use narlake_format::lake::strings::StringTable;
@@ -33,8 +34,11 @@ use crate::index::Index;
 use crate::metrics::Metrics;
 use crate::pack::writer::PackWriter;
 
-/// Buffers of the client's that may wait before a stage.
-const QUEUE: usize = 16;
+/// Bytes of the client's that go to a stage at once, where as many are there: each handing over wakes a thread.
+const BATCH_BYTES: usize = 256 << 10;
+
+/// Batches that may wait before a stage.
+const QUEUE: usize = 4;
 
 /// What one NAR came to.
 #[derive(Debug, Clone)]
@@ -85,7 +89,7 @@ impl Intake {
     /// # Errors
     /// `Invalid` for a malformed NAR, `TooLarge` for one that does not end in time, `Closed` where the stream breaks
     /// off, the bucket's own where a pack cannot be written.
-    pub(crate) async fn ingest<S>(&self, domain: Domain, mut nar: S) -> Result<Ingested, Error>
+    pub(crate) async fn ingest<S>(&self, domain: Domain, nar: S) -> Result<Ingested, Error>
     where
         S: Stream<Item = io::Result<Bytes>> + Unpin,
     {
@@ -95,10 +99,11 @@ impl Intake {
         let hashing = tokio::task::spawn_blocking(move || hash(hash_input));
         let cutter = Cutter::new(self, self.writer.begin(domain));
         let cutting = tokio::task::spawn_blocking(move || cutter.run(cut_input));
-        while let Some(bytes) = nar.next().await {
-            let bytes = bytes.map_err(Error::Body)?;
+        let mut nar = nar.fuse();
+        while let Some(batch) = batch(&mut nar).await {
+            let batch: Arc<[Bytes]> = batch.map_err(Error::Body)?.into();
             // A stage that has stopped says why when it is joined.
-            if to_cut.send(bytes.clone()).await.is_err() || to_hash.send(bytes).await.is_err() {
+            if to_cut.send(Arc::clone(&batch)).await.is_err() || to_hash.send(batch).await.is_err() {
                 break;
             }
         }
@@ -121,10 +126,34 @@ impl Intake {
     }
 }
 
-fn hash(mut input: mpsc::Receiver<Bytes>) -> Sha256Hash {
+/// The next bytes, and what has come behind them already. Cancel safe but for the bytes.
+async fn batch<S>(nar: &mut Fuse<S>) -> Option<io::Result<Vec<Bytes>>>
+where
+    S: Stream<Item = io::Result<Bytes>> + Unpin,
+{
+    let mut batch = Vec::new();
+    let mut length = 0;
+    let mut next = nar.next().await;
+    while let Some(bytes) = next {
+        match bytes {
+            Ok(bytes) => {
+                length += bytes.len();
+                batch.push(bytes);
+            }
+            Err(error) => return Some(Err(error)),
+        }
+        if length >= BATCH_BYTES {
+            break;
+        }
+        next = nar.next().now_or_never().flatten();
+    }
+    (!batch.is_empty()).then_some(Ok(batch))
+}
+
+fn hash(mut input: mpsc::Receiver<Arc<[Bytes]>>) -> Sha256Hash {
     let mut hasher = Sha256::new();
-    while let Some(bytes) = input.blocking_recv() {
-        hasher.update(&bytes);
+    while let Some(batch) = input.blocking_recv() {
+        batch.iter().for_each(|bytes| hasher.update(bytes));
     }
     Sha256Hash::from_bytes(hasher.finalize().into())
 }

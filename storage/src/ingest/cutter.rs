@@ -81,10 +81,12 @@ impl Cutter {
     }
 
     /// Runs until the input ends. Blocks; for a thread of its own.
-    pub(super) fn run(mut self, mut input: mpsc::Receiver<Bytes>) -> Result<Cut, Error> {
+    pub(super) fn run(mut self, mut input: mpsc::Receiver<Arc<[Bytes]>>) -> Result<Cut, Error> {
         let mut reader = Reader::new();
-        while let Some(bytes) = input.blocking_recv() {
-            reader.feed(&bytes, &mut |event| self.event(event))?;
+        while let Some(batch) = input.blocking_recv() {
+            for bytes in batch.iter() {
+                reader.feed(bytes, &mut |event| self.event(event))?;
+            }
             if reader.offset() > self.nar_size_max {
                 return Err(Error::TooLarge { what: "NAR", limit: self.nar_size_max, unit: "bytes" });
             }
