@@ -24,7 +24,7 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 fn cuts(chunker: &mut Chunker, file: &[u8], pieces: &[usize]) -> Vec<usize> {
     let mut lengths = Vec::new();
     chunker.begin(file.len() as u64);
-    let (mut cut, mut arrived) = (0, 0);
+    let (mut cut, mut arrived) = (0_usize, 0_usize);
     for piece in pieces.iter().cycle() {
         arrived = arrived.saturating_add(*piece).min(file.len());
         let mut at = cut;

@@ -1,9 +1,9 @@
 //! The search for bare hashes: 32 bytes equal to a hash part that was found before.
 //!
-//! Almost all windows of almost all files hold a byte that is no digit of nix32. Each window is therefore looked at from
-//! its end, as Nix's own reference scanner does, and the search goes on behind the last such byte: most of a file is
-//! never touched. In runs of digits every byte is looked at once, and a window costs a look into a bit set; only what
-//! passes that is hashed.
+//! Almost all windows of almost all files hold a byte that is no digit of nix32, and so do almost all samples of every
+//! eighth byte: a window has four of them in a row. Where four are digits, each window is looked at from its end, as
+//! Nix's own reference scanner does, and the search goes on behind the last byte that is no digit. In runs of digits
+//! every byte is looked at once, and a window costs a look into a bit set; only what passes that is hashed.
 
 use std::collections::HashMap;
 
@@ -60,6 +60,19 @@ impl KnownHashes {
         if self.is_empty() {
             return None;
         }
+        let mut from = 0;
+        loop {
+            from += next_group(bytes.get(from..)?)?;
+            // The windows that start in the group.
+            let group = bytes.get(from..bytes.len().min(from + 2 * STORE_HASH_CHARS - 1))?;
+            if let Some((at, number)) = self.find_in(group) {
+                return Some((from + at, number));
+            }
+            from += STORE_HASH_CHARS;
+        }
+    }
+
+    fn find_in(&self, bytes: &[u8]) -> Option<(usize, u32)> {
         let mut at = 0;
         // Invariant: the bytes from `at` up to here are digits.
         let mut digits_to = 0;
@@ -84,6 +97,33 @@ impl KnownHashes {
             }
         }
     }
+}
+
+/// The start of the first group of 32 bytes in which a window of digits may start, groups counted from the start.
+fn next_group(bytes: &[u8]) -> Option<usize> {
+    let (groups, _) = bytes.as_chunks::<STORE_HASH_CHARS>();
+    // A window that starts in the last group ends in what follows it, if at all; taken for digits unseen.
+    let after = groups.iter().skip(1).map(samples).chain([SAMPLES]);
+    let mut own = samples(groups.first()?);
+    for (number, next) in after.enumerate() {
+        let flags = own | next << 4;
+        // Four in a row, the first of them in this group: which of the four depends on where in it the window starts.
+        let pairs = flags & flags >> 1;
+        if pairs & pairs >> 2 & SAMPLES != 0 {
+            return Some(number * STORE_HASH_CHARS);
+        }
+        own = next;
+    }
+    None
+}
+
+/// The flags of four samples that are all digits.
+const SAMPLES: u32 = 0b1111;
+
+/// Which of every eighth byte of a group is a digit, the first in the lowest bit.
+fn samples(group: &Hash) -> u32 {
+    let digit = |at: usize| u32::from(is_digit(group[at]));
+    digit(7) | digit(15) << 1 | digit(23) << 2 | digit(31) << 3
 }
 
 /// A set of hashes that never forgets one and seldom claims one it has not: a bit for each of 2^16 digests.

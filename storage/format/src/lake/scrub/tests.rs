@@ -212,6 +212,23 @@ fn bare_hashes_count_once_they_are_known() {
     );
 }
 
+/// Samples of every eighth byte must not miss one, wherever it starts and whatever stands around it.
+#[test]
+fn bare_hashes_at_every_offset() {
+    let (path, blanked) = (format!("/nix/store/{HASH}-x"), format!("/nix/store/{}-#", blank(32)));
+    for (before, after) in [(".", "."), ("0", "."), (".", "0"), ("0", "0"), ("0.", ".0"), ("0000000.", "0000000.")] {
+        for offset in 0..100 {
+            for behind in [0, 1, 31, 32, 63] {
+                let around = |hash: &str| {
+                    let (before, after) = (before.repeat(offset), after.repeat(behind));
+                    format!("{}{hash}{}", &before[..offset], &after[..behind])
+                };
+                check_files(&[&path, &around(HASH)], &[&blanked, &around(&blank(32))], &[&format!("{HASH}-x")]);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_known_hash_without_a_name_is_bare() {
     check(
