@@ -47,7 +47,7 @@ impl<'a> Blobs<'a> {
         Self { fetcher, roots, manifest: None }
     }
 
-    /// The next blobs, each once within its batch; none where that was all. What describes the tree (manifest, parts,
+    /// The next blobs, in the order of the tree, each once within its batch; none where that was all. What describes the tree (manifest, parts,
     /// table) is read for this, and so verified.
     ///
     /// # Errors
@@ -60,21 +60,25 @@ impl<'a> Blobs<'a> {
                 manifest::table(self.fetcher, table).await?;
                 blobs.push((BlobKind::Table, (*table).into()));
             }
-            let parts: HashSet<BlobId> = manifest.header().parts.iter().map(|part| part.id.into()).collect();
-            blobs.extend(parts.into_iter().map(|id| (BlobKind::Part, id)));
+            let mut seen = HashSet::new();
+            let parts = manifest.header().parts.iter().map(|part| part.id.into());
+            blobs.extend(parts.filter(|id| seen.insert(*id)).map(|id: BlobId| (BlobKind::Part, id)));
             self.manifest = Some(manifest);
             return Ok(Some(blobs));
         };
-        let mut chunks = HashSet::new();
+        let (mut chunks, mut seen) = (Vec::new(), HashSet::new());
         let more = manifest
             .next_part(self.fetcher, |event| {
                 if let ManifestEvent::Chunk { id, .. } = event {
-                    chunks.insert(BlobId::from(id));
+                    let id = BlobId::from(id);
+                    if seen.insert(id) {
+                        chunks.push((BlobKind::Chunk, id));
+                    }
                 }
                 Ok(())
             })
             .await?;
-        Ok(more.then(|| chunks.into_iter().map(|id| (BlobKind::Chunk, id)).collect()))
+        Ok(more.then_some(chunks))
     }
 }
 

@@ -177,8 +177,8 @@ pub enum Rejection {
     /// Its record could not be read back.
     #[error("no record can be made of it: {0}")]
     Record(String),
-    /// Packs that the upload relied on are being collected.
-    #[error("its NAR was collected meanwhile; upload it again")]
+    /// Content that the upload relied on went away.
+    #[error("content of its NAR is gone; upload it again")]
     Condemned,
     /// The URL names something that is not a NAR of this cache.
     #[error("URL {0} does not name an uploaded NAR (nar/<hash>.nar[.<compression>])")]

@@ -56,7 +56,7 @@ pub struct FetchSettings {
     pub deadline: Duration,
     /// Decoded frames kept, in bytes.
     pub frame_cache_bytes: u64,
-    /// Places of blobs kept, in number (about 120 bytes each); none where the source itself answers at once.
+    /// Places of blobs kept, in number (about 120 bytes each); none where the source keeps them itself.
     pub locations_max: usize,
     /// Reads in flight at once.
     pub parallel: usize,
@@ -175,7 +175,13 @@ impl Fetcher {
         if reads == Reads::Single {
             self.report(&failure).await;
         }
-        self.forget(blobs);
+        // Not the bytes that failed, once more.
+        for frame in &failure.damaged {
+            self.inner.flights.forget(frame);
+        }
+        for (_, id) in blobs {
+            self.inner.locations.remove(id);
+        }
     }
 
     async fn report(&self, failure: &Failure) {
@@ -257,14 +263,6 @@ impl Fetcher {
             }
         }
         Ok(places)
-    }
-
-    fn forget(&self, blobs: &[(BlobKind, BlobId)]) {
-        for (_, id) in blobs {
-            if let Some((_, place)) = self.inner.locations.remove(id) {
-                self.inner.flights.forget(&FrameKey::of(&place));
-            }
-        }
     }
 }
 

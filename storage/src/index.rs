@@ -19,7 +19,7 @@ mod refresh;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
 use narlake_format::id::{BlobId, SegmentId};
@@ -54,8 +54,10 @@ pub(crate) struct Index {
     tables: RwLock<Tables>,
     /// Held while segments are written: two at once would write the same blobs.
     flushing: tokio::sync::Mutex<()>,
-    /// Held while the bucket is listed for more packs, so that all who miss something share one listing.
-    refreshed: tokio::sync::Mutex<HashMap<Domain, Refreshed>>,
+    /// The last listings of each domain. Held for a look-up only; each entry has a lock of its own.
+    refreshed: Mutex<HashMap<Domain, Arc<Refreshed>>>,
+    /// When everything was listed at start, in milliseconds since the Unix epoch.
+    opened_ms: u64,
 }
 
 #[derive(Default)]
@@ -65,13 +67,64 @@ struct Tables {
     damaged: HashMap<PackRef, HashSet<u32>>,
     /// Packs that are about to be deleted.
     condemned: Condemned,
+    /// Packs that the bucket lists and that could not be read as such.
+    rejected: HashSet<PackRef>,
     domains: HashMap<Domain, Table>,
 }
 
 #[derive(Default)]
 struct Table {
-    memtable: HashMap<BlobId, Location>,
+    memtable: Memtable,
     segments: Vec<Segment<MappedFile>>,
+}
+
+/// What no segment has yet. A blob may lie in several packs, and is lost only with the last of them.
+#[derive(Default)]
+struct Memtable {
+    newest: HashMap<BlobId, Location>,
+    /// The others, of the few blobs that have some.
+    older: HashMap<BlobId, Vec<Location>>,
+}
+
+impl Memtable {
+    fn len(&self) -> usize {
+        self.newest.len()
+    }
+
+    fn insert(&mut self, id: BlobId, at: Location) {
+        if let Some(before) = self.newest.insert(id, at)
+            && before.pack != at.pack
+        {
+            let older = self.older.entry(id).or_default();
+            older.retain(|other| other.pack != at.pack && other.pack != before.pack);
+            older.push(before);
+        }
+    }
+
+    fn copies(&self, id: &BlobId) -> impl Iterator<Item = Location> {
+        self.newest.get(id).copied().into_iter().chain(self.older.get(id).into_iter().flatten().copied())
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (BlobId, Location)> {
+        let older = self.older.iter().flat_map(|(id, copies)| copies.iter().map(|at| (*id, *at)));
+        self.newest.iter().map(|(id, at)| (*id, *at)).chain(older)
+    }
+
+    fn remove(&mut self, id: &BlobId, at: &Location) {
+        if let Some(older) = self.older.get_mut(id) {
+            older.retain(|other| other != at);
+            if older.is_empty() {
+                self.older.remove(id);
+            }
+        }
+        if self.newest.get(id) == Some(at) {
+            self.newest.remove(id);
+            // One that came in the meantime stays to be found.
+            if let Some(next) = self.older.get_mut(id).and_then(Vec::pop) {
+                self.newest.insert(*id, next);
+            }
+        }
+    }
 }
 
 impl Index {
@@ -89,7 +142,9 @@ impl Index {
         let directory = directory.join("segments");
         std::fs::create_dir_all(&directory).map_err(|e| Error::state("create segment directory", &directory, e))?;
         let (tables, flushing, refreshed) = Default::default();
-        let index = Arc::new(Self { directory, bucket, kv, mint, metrics, tables, flushing, refreshed });
+        let opened_ms = mint.now_ms();
+        let index = Self { directory, bucket, kv, mint, metrics, tables, flushing, refreshed, opened_ms };
+        let index = Arc::new(index);
         if let Err(error) = index.read_condemned().await {
             // A push asks again before it is acknowledged, and fails then if it has to.
             tracing::warn!(error = error.chain(), "condemned packs not known yet");
@@ -140,16 +195,11 @@ impl Index {
     pub(crate) fn add(&self, pack: PackRef, bytes: u64, blobs: impl IntoIterator<Item = (BlobId, Location)>) {
         {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            let Tables { packs, damaged, condemned, domains } = &mut *tables;
-            packs.insert(pack);
-            let memtable = &mut domains.entry(pack.domain).or_default().memtable;
+            tables.packs.insert(pack);
+            tables.rejected.remove(&pack);
+            let memtable = &mut tables.domains.entry(pack.domain).or_default().memtable;
             for (id, at) in blobs {
-                // Packs come in any order: a copy that may not be relied on never takes the place of another.
-                if damaged.contains_key(&pack) || condemned.contains(&pack) {
-                    memtable.entry(id).or_insert(at);
-                } else {
-                    memtable.insert(id, at);
-                }
+                memtable.insert(id, at);
             }
         }
         // The catalogue only saves work after a restart; the pack is found without it.
@@ -193,11 +243,9 @@ impl Index {
             let table = tables.domains.entry(domain).or_default();
             table.segments.push(segment);
             for (blob, at) in &entries {
-                if table.memtable.get(blob) == Some(at) {
-                    table.memtable.remove(blob);
-                }
+                table.memtable.remove(blob, at);
             }
-            table.memtable.shrink_to(MEMTABLE_BLOBS / 8);
+            table.memtable.newest.shrink_to(MEMTABLE_BLOBS / 8);
         }
         Ok(())
     }
@@ -225,7 +273,7 @@ impl Index {
         let entries: Vec<(BlobId, Location)> = {
             let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
             let memtable = tables.domains.get(&domain).map(|table| &table.memtable);
-            memtable.into_iter().flatten().map(|(id, at)| (*id, *at)).collect()
+            memtable.into_iter().flat_map(Memtable::iter).collect()
         };
         let mut builder = SegmentBuilder::new();
         for (blob, at) in &entries {
@@ -270,9 +318,9 @@ impl Tables {
     /// Every copy of a blob, newest first, in packs that are there.
     fn copies(&self, domain: &Domain, id: &BlobId) -> impl Iterator<Item = Location> {
         let table = self.domains.get(domain);
-        let recent = table.and_then(|table| table.memtable.get(id)).copied();
-        let older = table.into_iter().flat_map(move |table| table.segments.iter().rev().filter_map(|s| s.get(id)));
-        recent.into_iter().chain(older).filter(|at| self.packs.contains(&at.pack))
+        let recent = table.into_iter().flat_map(|table| table.memtable.copies(id));
+        let older = table.into_iter().flat_map(|table| table.segments.iter().rev().flat_map(|s| s.get_all(id)));
+        recent.chain(older).filter(|at| self.packs.contains(&at.pack))
     }
 
     fn has_failed(&self, at: &Location) -> bool {

@@ -6,7 +6,6 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt as _};
@@ -21,6 +20,7 @@ use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::realisation::RealisationKey;
 use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use tokio::sync::Semaphore;
 
 use crate::bucket::Bucket;
 use crate::complete::{self, Incomplete, Roots};
@@ -40,9 +40,6 @@ use crate::records::{Cache, Records};
 use crate::rewrite::Rewriter;
 use crate::source::BucketSource;
 use crate::upload::{UploadName, Uploads, found};
-
-/// Time limit of publishing a path. Each request has its own, much shorter; this is for thousands of references.
-const PUBLISH_LIMIT: Duration = Duration::from_secs(300);
 
 /// An open lake. Cheap to clone; clones share everything.
 #[derive(Clone)]
@@ -65,6 +62,7 @@ struct Inner {
     /// One fetch engine per trust domain: caches of decoded frames are never shared across.
     fetchers: Mutex<HashMap<Domain, Arc<Fetcher>>>,
     incomplete: Incomplete,
+    rewrites: Arc<Semaphore>,
     /// Keeps the state directory ours while the lake is open.
     _lock: std::fs::File,
 }
@@ -109,6 +107,13 @@ impl DocumentKey {
             Self::Realisation(key) => keys::realisation(&cache.id(), key),
         }
     }
+}
+
+/// A NAR that waits for its narinfo.
+pub(crate) struct Waiting {
+    pub(crate) upload: UploadDocument,
+    /// Whether its content may be relied on, or why not.
+    pub(crate) sound: Result<(), Error>,
 }
 
 impl Lake {
@@ -158,7 +163,8 @@ impl Lake {
     }
 
     async fn find_upload(&self, cache: &Cache, name: &UploadName) -> Result<bool, Error> {
-        if let Some(upload) = self.waiting(cache, name).await? {
+        if let Some(Waiting { upload, sound }) = self.waiting(cache, name).await? {
+            sound?;
             self.inner.uploads.renew(cache.id(), name, &upload).await?;
             return Ok(true);
         }
@@ -168,28 +174,21 @@ impl Lake {
         }
     }
 
-    /// The newest upload of this name that waits for its narinfo and whose content may be relied on, if there is one.
-    /// Where content was lost and sent again, ids alone do not say which is which: two servers' clocks may differ by
-    /// minutes.
-    ///
-    /// # Errors
-    /// `Corrupt` where there are some, and the content of none may be relied on.
-    pub(crate) async fn waiting(&self, cache: &Cache, name: &UploadName) -> Result<Option<UploadDocument>, Error> {
-        let uploads = self.inner.uploads.find(cache.id(), name).await?;
+    /// The upload of this name that waits for its narinfo: the newest whose content may be relied on, else the newest.
+    pub(crate) async fn waiting(&self, cache: &Cache, name: &UploadName) -> Result<Option<Waiting>, Error> {
+        let mut uploads = self.inner.uploads.find(cache.id(), name).await?;
         // Mostly every pack of the newest is as it was, and nothing has to be read.
         let index = &self.inner.index;
-        if let Some(whole) = uploads.iter().find(|upload| upload.packs.iter().all(|pack| index.is_sound(pack))) {
-            return Ok(Some(whole.clone()));
+        let untouched = |upload: &UploadDocument| upload.packs.iter().all(|pack| index.is_sound(pack));
+        if let Some(at) = uploads.iter().position(untouched) {
+            return Ok(Some(Waiting { upload: uploads.swap_remove(at), sound: Ok(()) }));
         }
-        let mut unsound = None;
-        for upload in uploads {
-            match self.check_sound(cache.domain(), Roots::from(&upload)).await {
-                Ok(()) => return Ok(Some(upload)),
-                Err(error) if error.kind() == ErrorKind::Corrupt => unsound = unsound.or(Some(error)),
-                Err(error) => return Err(error),
-            }
+        // The same bytes are the same content: what is true of one is true of all.
+        let Some(upload) = uploads.into_iter().next() else { return Ok(None) };
+        match self.check_sound(cache.domain(), Roots::from(&upload)).await {
+            Err(error) if error.kind() != ErrorKind::Corrupt => Err(error),
+            sound => Ok(Some(Waiting { upload, sound })),
         }
-        unsound.map_or(Ok(None), Err)
     }
 
     /// The path that a NAR of this name became, if it did.
@@ -210,12 +209,7 @@ impl Lake {
     /// `Invalid` where the push does not hold together, `Conflict` where the cache refuses a second content, `Corrupt`
     /// where content went missing, the bucket's own otherwise.
     pub async fn publish(&self, cache: &Cache, info: NarInfo, signers: &[SecretKey]) -> Result<Published, Error> {
-        let path = info.store_path.to_string();
-        let publication = Publication { lake: self, cache, info, signers };
-        tokio::time::timeout(PUBLISH_LIMIT, publication.run()).await.unwrap_or_else(|_| {
-            let limit_ms = u64::try_from(PUBLISH_LIMIT.as_millis()).unwrap_or(u64::MAX);
-            Err(Error::Deadline { operation: "publish", key: path, limit_ms })
-        })
+        Publication { lake: self, cache, info, signers }.run().await
     }
 
     /// The record of a path, `None` where the bucket has none.
@@ -338,7 +332,13 @@ impl Lake {
     /// # Errors
     /// Where the bucket does not answer.
     pub async fn locate(&self, domain: &Domain, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
-        self.source(*domain).locate(ids).await
+        let limit = self.inner.settings.fetch.deadline;
+        let located = tokio::time::timeout(limit, self.source(*domain).locate(ids)).await;
+        located.unwrap_or_else(|_| {
+            let key = ids.first().map(ToString::to_string).unwrap_or_default();
+            let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            Err(Error::Deadline { operation: "locate", key, limit_ms })
+        })
     }
 
     /// Bytes of a pack, as stored.
@@ -409,8 +409,9 @@ impl Lake {
     /// Writes what is under these roots again, as far as it lies where it may not be relied on.
     pub(crate) async fn rewrite(&self, domain: Domain, roots: Roots) -> Result<u64, Error> {
         let (fetcher, index) = (self.fetcher(domain), Arc::clone(&self.inner.index));
+        let (writer, turns) = (self.inner.writer.clone(), Arc::clone(&self.inner.rewrites));
         let zstd_level = self.inner.settings.zstd_level;
-        Rewriter { domain, fetcher, index, writer: self.inner.writer.clone(), zstd_level }.run(roots).await
+        Rewriter { domain, fetcher, index, writer, zstd_level, turns }.run(roots).await
     }
 
     /// The NAR of a tree.

@@ -4,8 +4,8 @@
 //! written; then delete markers and references are read from the bucket, never from a local cache; only then is the push
 //! acknowledged. A crash anywhere leaves unreferenced bytes or a whole path, never half of one.
 //!
-//! A record that was written is never taken back because of what is found after: another push may have seen it, and been
-//! acknowledged on its strength.
+//! A record that was written is not taken back because of markers or references found after: another push may have seen
+//! it, and been acknowledged on its strength.
 
 mod content_address;
 
@@ -19,10 +19,11 @@ use narlake_format::lake::record::PathRecord;
 use narlake_format::lake::strings::StringTable;
 use narlake_format::nix::hash::Sha256Hash;
 use narlake_format::nix::narinfo::NarInfo;
-use narlake_format::nix::signature::SecretKey;
+use narlake_format::nix::signature::{SecretKey, Signature};
 
 use crate::complete::Roots;
 use crate::error::{Error, ErrorKind, Rejection};
+use crate::lake::Waiting;
 use crate::records::{Cache, same_content};
 use crate::upload::UploadName;
 use crate::{Lake, manifest};
@@ -89,7 +90,7 @@ impl Publication<'_> {
         if self.info.signatures.len() > FOREIGN_SIGNATURES_MAX {
             return Err(self.rejected(Rejection::Signatures(self.info.signatures.len(), FOREIGN_SIGNATURES_MAX)));
         }
-        let _turn = self.lake.records().turn(&hash).await;
+        let _turn = self.lake.records().turn(&self.info.store_path).await?;
         let condemnations = self.lake.index().condemnations();
         let published = match self.lake.records().in_bucket(self.cache, &hash).await {
             Ok(Some(record)) => self.again(record).await?,
@@ -112,34 +113,26 @@ impl Publication<'_> {
             return self.not_reproducible(record);
         }
         let (domain, roots) = (self.cache.domain(), Roots::from(&*record));
-        match self.lake.check_sound(domain, roots).await {
-            // A push that brought the NAR again has stored what was missing; what is merely suspect is moved. Where that
-            // does not do, the error says what is wrong.
-            Err(error) if error.kind() == ErrorKind::Corrupt => {
-                let blobs = self.lake.rewrite(domain, roots).await?;
-                tracing::info!(path = %there.store_path, blobs, "content written again");
-            }
-            checked => checked?,
-        }
+        // A push that brought the NAR again has stored what was missing; what is merely suspect is moved.
+        self.make_sound(roots, self.lake.check_sound(domain, roots).await).await?;
         if let Some(name) = UploadName::parse(&self.info.url) {
-            let upload = match self.lake.waiting(self.cache, &name).await {
-                Err(error) if error.kind() == ErrorKind::Corrupt => None,
-                upload => upload?,
-            };
+            let waiting = self.lake.waiting(self.cache, &name).await?;
             // Only bytes that were uploaded here: a name is not to be had by claiming it.
-            if upload.is_some_and(|upload| upload.nar_hash == there.nar_hash) {
+            if waiting.is_some_and(|waiting| waiting.upload.nar_hash == there.nar_hash) {
                 self.became(&name).await?;
             }
         }
-        let new_signatures = self.info.signatures.iter().any(|s| !there.signatures.contains(s));
-        if !new_signatures {
+        let own = |signature: &Signature| self.signers.iter().any(|key| key.name() == signature.key_name());
+        let foreign = there.signatures.iter().filter(|signature| !own(signature)).count();
+        let room = FOREIGN_SIGNATURES_MAX.saturating_sub(foreign);
+        let pushed = self.info.signatures.iter().filter(|signature| !own(signature));
+        let new: Vec<Signature> = pushed.filter(|s| !there.signatures.contains(s)).take(room).cloned().collect();
+        if new.is_empty() {
             return Ok(Published { record, outcome: Outcome::Known });
         }
         let strings = self.lake.strings(self.cache, &record).await?;
         let mut info = there.clone();
-        let new = self.info.signatures.iter().filter(|signature| !there.signatures.contains(signature));
-        let room = FOREIGN_SIGNATURES_MAX.saturating_sub(there.signatures.len());
-        info.signatures.extend(new.take(room).cloned());
+        info.signatures.extend(new);
         let signed = self.signed(info, record.manifest(), &strings);
         let record = self.lake.records().publish(self.cache, &signed).await?;
         Ok(Published { record, outcome: Outcome::Known })
@@ -200,14 +193,9 @@ impl Publication<'_> {
 
     /// What the narinfo's URL stands for: an upload to this cache, or a path of it that had the same upload.
     async fn content(&self, name: &UploadName) -> Result<Content, Error> {
-        let waiting = match self.lake.waiting(self.cache, name).await {
-            Err(error) if error.kind() == ErrorKind::Corrupt => {
-                tracing::warn!(path = %self.info.store_path, error = error.chain(), "content went away since its upload");
-                return Err(self.rejected(Rejection::Condemned));
-            }
-            waiting => waiting?,
-        };
-        if let Some(UploadDocument { nar_hash, nar_size, manifest, table, inline_table, .. }) = waiting {
+        if let Some(Waiting { upload, sound }) = self.lake.waiting(self.cache, name).await? {
+            self.make_sound(Roots::from(&upload), sound).await?;
+            let UploadDocument { nar_hash, nar_size, manifest, table, inline_table, .. } = upload;
             let strings = match inline_table {
                 Some(strings) => strings,
                 None => manifest::table(&self.lake.fetcher(self.cache.domain()), &table).await?,
@@ -217,13 +205,34 @@ impl Publication<'_> {
         let Some(record) = self.lake.uploaded(self.cache, name).await? else {
             return Err(self.rejected(Rejection::NoUpload(self.info.url.clone())));
         };
-        self.lake.check_sound(self.cache.domain(), Roots::from(&*record)).await?;
+        let roots = Roots::from(&*record);
+        self.make_sound(roots, self.lake.check_sound(self.cache.domain(), roots).await).await?;
         Ok(Content {
             nar_hash: record.info().nar_hash,
             nar_size: record.info().nar_size,
             manifest: record.manifest(),
             strings: self.lake.strings(self.cache, &record).await?,
         })
+    }
+
+    /// Moves content that may not be relied on any more. Where it cannot be read either, the NAR must come again.
+    async fn make_sound(&self, roots: Roots, sound: Result<(), Error>) -> Result<(), Error> {
+        match sound {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {}
+            sound => return sound,
+        }
+        let path = &self.info.store_path;
+        match self.lake.rewrite(self.cache.domain(), roots).await {
+            Ok(blobs) => {
+                tracing::info!(%path, blobs, "content written again");
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(%path, error = error.chain(), "content is lost, its NAR must come again");
+                Err(self.rejected(Rejection::Condemned))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Everything that can be known to be wrong before the record is written.

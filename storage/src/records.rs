@@ -8,13 +8,14 @@
 //! anybody hears "no"; and whoever acknowledges a push asks the bucket itself ([`Records::in_bucket`]).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use narlake_format::id::{CacheId, GenerationId};
 use narlake_format::lake::config::CacheDocument;
 use narlake_format::lake::keys::{self, Key};
 use narlake_format::lake::record::PathRecord;
 use narlake_format::nix::signature::PublicKey;
-use narlake_format::nix::store_path::{StoreDir, StorePathHash};
+use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use quick_cache::sync::Cache as MemoryCache;
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -26,8 +27,11 @@ use crate::mint::Mint;
 /// Records kept in memory, in number (about 1 KB each).
 const MEMORY_MAX: usize = 50_000;
 
-/// Paths that may be published at once, roughly.
-const TURNS: usize = 32;
+/// Paths that may be published at once, roughly: those whose hashes begin with the same byte take turns.
+const TURNS: usize = 256;
+
+/// How long a push waits for its turn. Less than Nix waits for an answer, 300 s.
+const TURN_LIMIT: Duration = Duration::from_secs(120);
 
 /// A cache of the lake, as far as reading and writing paths needs it.
 #[derive(Debug, Clone)]
@@ -75,7 +79,14 @@ pub(crate) struct Records {
 
 impl Records {
     pub(crate) fn new(store_dir: StoreDir, bucket: Bucket, kv: Kv, mint: Mint) -> Self {
-        Self { store_dir, bucket, kv, mint, memory: MemoryCache::new(MEMORY_MAX), turns: Default::default() }
+        Self {
+            store_dir,
+            bucket,
+            kv,
+            mint,
+            memory: MemoryCache::new(MEMORY_MAX),
+            turns: std::array::from_fn(|_| Mutex::default()),
+        }
     }
 
     /// The record of a path, from the nearest place that has it.
@@ -137,9 +148,17 @@ impl Records {
     }
 
     /// Waits until no other push of this path is being published here, so that the second sees what the first wrote.
-    pub(crate) async fn turn(&self, hash: &StorePathHash) -> MutexGuard<'_, ()> {
-        let [first, ..] = *hash.as_bytes();
-        self.turns[usize::from(first) % TURNS].lock().await
+    ///
+    /// # Errors
+    /// `Unavailable` where that takes too long.
+    pub(crate) async fn turn(&self, path: &StorePath) -> Result<MutexGuard<'_, ()>, Error> {
+        let [first, ..] = *path.hash.as_bytes();
+        let turn = self.turns[usize::from(first) % TURNS].lock();
+        tokio::time::timeout(TURN_LIMIT, turn).await.map_err(|_| Error::Deadline {
+            operation: "wait for another push of",
+            key: path.to_string(),
+            limit_ms: u64::try_from(TURN_LIMIT.as_millis()).unwrap_or(u64::MAX),
+        })
     }
 
     /// Writes a record as a new generation, the commit point of a push, and says what the bucket serves now: another

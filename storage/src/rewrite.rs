@@ -9,6 +9,7 @@ use bytes::Bytes;
 use narlake_format::id::{BlobId, BlobKind};
 use narlake_format::lake::frame::{FrameContent, FrameEncoder};
 use narlake_format::lake::location::Domain;
+use tokio::sync::Semaphore;
 
 use crate::complete::{Blobs, Roots};
 use crate::error::Error;
@@ -16,8 +17,14 @@ use crate::fetch::Fetcher;
 use crate::index::Index;
 use crate::pack::writer::{PackWriter, PendingPack, Session};
 
-/// Blobs read at once: 8 MiB of the largest chunks, and at most so many frames.
-const BATCH: usize = 128;
+/// Chunks read at once: neighbours, so mostly of a few frames.
+const CHUNKS: usize = 128;
+
+/// Parts of manifests read at once, of up to 256 KiB each.
+const PARTS: usize = 8;
+
+/// Paths whose content is moved at once: what they read must fit into memory beside everything else.
+pub(crate) const REWRITES: usize = 2;
 
 /// What it takes to write content of a domain again.
 pub(crate) struct Rewriter {
@@ -26,6 +33,8 @@ pub(crate) struct Rewriter {
     pub(crate) index: Arc<Index>,
     pub(crate) writer: PackWriter,
     pub(crate) zstd_level: i32,
+    /// [`REWRITES`] turns.
+    pub(crate) turns: Arc<Semaphore>,
 }
 
 impl Rewriter {
@@ -35,6 +44,7 @@ impl Rewriter {
     /// # Errors
     /// `Corrupt` where a blob is nowhere or does not verify, the bucket's own where it does not take the copies.
     pub(crate) async fn run(&self, roots: Roots) -> Result<u64, Error> {
+        let _turn = self.turns.acquire().await.map_err(|_| Error::Stopped("rewrite"))?;
         let mut session = self.writer.begin(self.domain);
         let mut relied: Vec<PendingPack> = Vec::new();
         let mut written = 0;
@@ -50,7 +60,8 @@ impl Rewriter {
                     None => unsound.push((kind, id)),
                 }
             }
-            for batch in unsound.chunks(BATCH) {
+            let some = if matches!(unsound.first(), Some((BlobKind::Chunk, _))) { CHUNKS } else { PARTS };
+            for batch in unsound.chunks(some) {
                 let bytes = self.fetcher.fetch(batch).await?;
                 let packs;
                 (session, packs) = self.append(session, batch.to_vec(), bytes).await?;

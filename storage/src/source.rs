@@ -31,7 +31,7 @@ impl BlobSource for BucketSource {
             if found.iter().all(Option::is_some) {
                 break;
             }
-            self.index.refresh(&self.domain, reach).await?;
+            self.index.refresh(self.domain, reach).await?;
             found = self.index.get_many(&self.domain, ids);
         }
         Ok(found)

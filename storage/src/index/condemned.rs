@@ -1,8 +1,9 @@
 //! Which packs are about to be deleted, as the bucket says (docs/consistency.md, rule 4).
 //!
-//! Batches are created once and removed long after their packs; one that was read needs no second look.
+//! Condemnation is irrevocable: a pack that was once is never relied on again while this process lives, though its batch
+//! is removed some time after the pack itself. After a restart what is gone is not listed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::PoisonError;
 
 use narlake_format::lake::location::PackRef;
@@ -15,7 +16,8 @@ use crate::upload::found;
 /// What has been read of `condemned/`.
 #[derive(Default)]
 pub(super) struct Condemned {
-    batches: HashMap<String, Vec<PackRef>>,
+    /// Batches that were read; created once, they need no second look.
+    batches: HashSet<String>,
     packs: HashSet<PackRef>,
     /// Batches read since the start: whoever compares two counts knows whether there was news in between.
     news: u64,
@@ -38,24 +40,23 @@ impl Index {
     /// # Errors
     /// Where the bucket does not answer, `Corrupt` where a batch does not decode.
     pub(crate) async fn read_condemned(&self) -> Result<(), Error> {
-        let listed: HashSet<String> =
-            self.bucket.list(keys::CONDEMNED, None).await?.into_iter().map(|object| object.key).collect();
-        let unread: Vec<&String> = {
+        let listed = self.bucket.list(keys::CONDEMNED, None).await?;
+        let unread: Vec<String> = {
             let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-            listed.iter().filter(|key| !tables.condemned.batches.contains_key(*key)).collect()
+            let known = &tables.condemned.batches;
+            listed.into_iter().map(|object| object.key).filter(|key| !known.contains(key)).collect()
         };
-        let mut read = Vec::with_capacity(unread.len());
         for key in unread {
             // One that went away since was done with.
-            let Some(bytes) = found(self.bucket.get(key).await)? else { continue };
-            read.push((key.clone(), condemned::decode(&bytes).map_err(Error::format(key.as_str()))?));
+            let Some(bytes) = found(self.bucket.get(&key).await)? else { continue };
+            let packs = condemned::decode(&bytes).map_err(Error::format(key.as_str()))?;
+            let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+            let known = &mut tables.condemned;
+            if known.batches.insert(key) {
+                known.news += 1;
+                known.packs.extend(packs);
+            }
         }
-        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        let known = &mut tables.condemned;
-        known.news += read.len() as u64;
-        known.batches.retain(|key, _| listed.contains(key));
-        known.batches.extend(read);
-        known.packs = known.batches.values().flatten().copied().collect();
         Ok(())
     }
 }

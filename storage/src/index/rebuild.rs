@@ -59,20 +59,29 @@ impl Index {
             match footer {
                 Ok(footer) => self.add(pack, size, footer.locations(pack)),
                 // Its content is a miss then; what refers to it is reported by those who read it.
-                Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => {
+                Err(error) if error.kind() != ErrorKind::Unavailable => {
                     self.metrics.verification_failures.inc();
                     tracing::error!(pack = %keys::pack(&pack), error = error.chain(), "pack left out of the index");
-                    self.forget_pack(&pack);
+                    self.reject(&pack);
                 }
                 Err(error) => return Err(error),
             }
             if (done + 1) % PROGRESS_PACKS == 0 {
                 tracing::info!(done = done + 1, total, "taking in packs");
             }
-            self.flush_full().await?;
+            // What was read is known, whether a segment can be made of it or not; up to a point.
+            if let Err(error) = self.flush_full().await {
+                tracing::warn!(error = error.chain(), "index segment not written");
+                self.check_room().await?;
+            }
         }
         self.report();
         Ok(())
+    }
+
+    fn reject(&self, pack: &PackRef) {
+        self.forget_pack(pack);
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).rejected.insert(*pack);
     }
 
     /// Loads every segment of the bucket and says which packs they cover.

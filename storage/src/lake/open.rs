@@ -9,6 +9,7 @@ use narlake_format::id::{CacheId, ConfigId, LakeId};
 use narlake_format::lake::config::{CacheDocument, CacheName, Document as _, LakeDocument, Visibility};
 use narlake_format::lake::keys::{self, Key};
 use narlake_format::nix::signature::PublicKey;
+use tokio::sync::Semaphore;
 
 use super::{Inner, Lake, LakeInfo};
 use crate::bucket::{Bucket, decode_document};
@@ -22,6 +23,7 @@ use crate::kv::{Kv, set_aside};
 use crate::mint::Mint;
 use crate::pack::writer::PackWriter;
 use crate::records::{Cache, Records};
+use crate::rewrite::REWRITES;
 use crate::upload::Uploads;
 
 /// Parts of the state directory that are derived from the bucket.
@@ -85,6 +87,7 @@ impl Lake {
             uploads,
             fetchers,
             incomplete: Incomplete::default(),
+            rewrites: Arc::new(Semaphore::new(REWRITES)),
             _lock: lock,
         };
         Ok(Self { inner: Arc::new(inner) })

@@ -1,9 +1,12 @@
 //! Content that is harmed, lost, away for a while, or only another server's.
 
-use narlake_format::id::BlobId;
+use std::time::Duration;
+
+use narlake_format::id::{BlobId, ChunkId};
 use narlake_format::lake::keys;
 use narlake_sim::{Object, Objects};
-use narlake_storage::{ErrorKind, Settings};
+use narlake_storage::{Bucket, ErrorKind, Metrics, Settings};
+use prometheus::Registry;
 
 use crate::kit::{Kit, directory, file, noise, object, path};
 
@@ -90,7 +93,7 @@ async fn whole_or_not() {
 }
 
 /// A bucket that denies for a while what it has is believed again when it lists it.
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn a_pack_was_away() {
     let kit = Kit::memory().await;
     let object = Objects::new(9).object(&[]);
@@ -105,7 +108,74 @@ async fn a_pack_was_away() {
     for (key, bytes) in away {
         kit.bucket.put_new(&key, bytes).await.unwrap();
     }
+    // All of the bucket is not listed again and again.
+    tokio::time::sleep(Duration::from_secs(31)).await;
     assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+}
+
+/// What two servers stored, each for itself, is lost only with both copies, also after a restart.
+#[tokio::test(start_paused = true)]
+async fn the_other_copy() {
+    let one = Kit::memory().await;
+    let other = Kit::over(one.bucket.clone(), Settings::default()).await;
+    let shared = object("shared", &file(noise(1, 100_000)), &[]);
+    let far = object("far", &file(noise(2, 100_000)), &[]);
+    let first = one.send(&shared).await;
+    one.publish(&shared).await.unwrap();
+    let second = other.send(&shared).await;
+    assert!(second.packs.iter().all(|pack| !first.packs.contains(pack)), "each stored it for itself");
+    // Missing something else, the one learns of the other's packs.
+    other.push(&far).await;
+    assert!(one.nar(&far.path.hash).await.unwrap() == far.nar);
+    one.lake.close().await.unwrap();
+    for packs in [&second.packs, &first.packs] {
+        for kit in [&one, &Kit::over(one.bucket.clone(), Settings::default()).await] {
+            let mut away = Vec::new();
+            for key in packs.iter().map(keys::pack) {
+                away.push((key.clone(), kit.bucket.get(&key).await.unwrap()));
+                kit.bucket.delete(&key).await.unwrap();
+            }
+            let nar = kit.nar(&shared.path.hash).await;
+            assert!(nar.expect("there is another copy") == shared.nar);
+            for (key, bytes) in away {
+                kit.bucket.put_new(&key, bytes).await.unwrap();
+            }
+            tokio::time::sleep(Duration::from_secs(31)).await;
+        }
+    }
+}
+
+/// Listings of a bucket: who asks together shares one, who asks for what is nowhere does not cause one each time.
+#[tokio::test(start_paused = true)]
+async fn listings_are_shared() {
+    let registry = Registry::new();
+    let kit = Kit::over(Bucket::memory(&Metrics::new(&registry)), Settings::default()).await;
+    let listings = || -> u64 {
+        let families = registry.gather().into_iter().filter(|family| family.name() == "narlake_bucket_requests_total");
+        let samples = families.flat_map(|family| family.get_metric().to_vec());
+        let lists = samples.filter(|sample| sample.get_label().iter().any(|label| label.value() == "list"));
+        lists.map(|sample| sample.get_counter().get_value() as u64).sum()
+    };
+    let nowhere = async |n: u8| {
+        let ids = [BlobId::from(ChunkId::of(&[n]))];
+        // Time stands still here unless somebody waits.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(kit.lake.locate(&kit.cache.domain(), &ids).await.unwrap(), [None]);
+    };
+    let before = listings();
+    futures::future::join_all((0..50).map(&nowhere)).await;
+    // One of the end, one of everything, and at most one of the end for those who asked while that was under way.
+    assert!(listings() - before <= 3, "{}", listings() - before);
+    let (start, before) = (tokio::time::Instant::now(), listings());
+    for n in 50..60 {
+        nowhere(n).await;
+    }
+    assert!(listings() - before <= 10 && start.elapsed() >= Duration::from_secs(9), "{:?}", start.elapsed());
+    // A listing goes on when those who asked for it have gone.
+    let before = listings();
+    tokio::time::timeout(Duration::from_millis(10), nowhere(60)).await.expect_err("it waits for its turn");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(listings() - before, 1);
 }
 
 /// Two servers on one bucket, each of which learns of the other's packs only when it misses something.

@@ -27,6 +27,8 @@ struct Shelf {
     locates: AtomicUsize,
     reported: Mutex<Vec<(PackRef, u32)>>,
     silent: AtomicBool,
+    /// Harm done to the next read, and to no other.
+    flip_next: AtomicBool,
 }
 
 fn pack(n: u128) -> PackRef {
@@ -88,7 +90,14 @@ impl BlobSource for Shelf {
             kind: ErrorKind::NotFound,
             source: "no such pack".into(),
         })?;
-        Ok(bytes.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()))
+        let bytes = bytes.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap());
+        if self.flip_next.swap(false, Ordering::SeqCst) {
+            let mut bytes = bytes.to_vec();
+            let last = bytes.len() - 1;
+            bytes[last] ^= 1;
+            return Ok(bytes.into());
+        }
+        Ok(bytes)
     }
 
     async fn size(&self, pack: &PackRef) -> Result<u64, Error> {
@@ -164,6 +173,22 @@ async fn a_source_that_never_answers() {
     shelf.silent.store(false, Ordering::SeqCst);
     tokio::time::sleep(Duration::from_millis(1)).await;
     assert!(fetcher.fetch(&chunks(&ids)).await.unwrap() == [content[0].clone()]);
+}
+
+/// A bit that flips on the way does no lasting harm, with places remembered and without.
+#[tokio::test(start_paused = true)]
+async fn a_bit_flips_once() {
+    for locations_max in [0, 1000] {
+        let shelf = Arc::new(Shelf::default());
+        let content = blobs(1);
+        let ids = shelf.put(1, &content);
+        let settings = FetchSettings { locations_max, ..FetchSettings::default() };
+        let fetcher = Fetcher::new(Arc::clone(&shelf) as _, settings);
+        shelf.flip_next.store(true, Ordering::SeqCst);
+        assert!(fetcher.fetch(&chunks(&ids)).await.unwrap() == [content[0].clone()]);
+        assert_eq!(shelf.reads(), 2);
+        assert!(shelf.reported.lock().unwrap().is_empty(), "once is no damage");
+    }
 }
 
 /// Rule 13: a pack that is gone is looked up anew, within the same call.

@@ -160,13 +160,36 @@ async fn condemned_content_is_not_relied_on() {
     kit.bucket.put_new(&key, condemned::encode(&ingested.packs)).await.unwrap();
     let kit = Kit::over(kit.bucket.clone(), Settings::default()).await;
     assert!(!kit.lake.has_upload(&kit.cache, &object.upload()).await.unwrap());
-    let error = kit.publish(&object).await.expect_err("its upload counts no more");
-    assert!(matches!(error, Error::Rejected { reason: Rejection::Condemned, .. }), "{}", error.chain());
-    assert_eq!(error.kind(), ErrorKind::Conflict);
-    let again = kit.send(&object).await;
+    let other = sample("another");
+    let again = kit.send(&other).await;
     assert_eq!(again.stats.chunks_known, 0);
     assert!(again.packs.iter().all(|pack| !ingested.packs.contains(pack)));
+    kit.publish(&other).await.unwrap();
+    // A client that sent its NAR before all this and asks no more: nobody is turned away for what can be moved.
     kit.publish(&object).await.unwrap();
+    for pack in &ingested.packs {
+        kit.bucket.delete(&keys::pack(pack)).await.unwrap();
+    }
+    for object in [&object, &other] {
+        assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
+    }
+}
+
+/// Where the content of an upload is gone, and not merely about to go, its NAR must come again; and then it is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn content_that_is_gone() {
+    let kit = Kit::memory().await;
+    let object = sample("gone");
+    let ingested = kit.send(&object).await;
+    for pack in &ingested.packs {
+        kit.bucket.delete(&keys::pack(pack)).await.unwrap();
+    }
+    let kit = Kit::over(kit.bucket.clone(), Settings::default()).await;
+    let error = kit.publish(&object).await.expect_err("its content is gone");
+    assert!(matches!(error, Error::Rejected { reason: Rejection::Condemned, .. }), "{}", error.chain());
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    kit.push(&object).await;
+    assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
 }
 
 /// A batch of condemnations that cannot be read leaves open what is safe to rely on: nothing is acknowledged.
@@ -201,7 +224,11 @@ async fn signatures_of_others_are_bounded() {
     kit.lake.publish(&kit.cache, signed(0..40), &[key()]).await.unwrap();
     // They add up, to no more than the limit; the path stays readable.
     let published = kit.lake.publish(&kit.cache, signed(40..100), &[key()]).await.unwrap();
-    assert_eq!(published.record.info().signatures.len(), 64);
+    assert_eq!(published.record.info().signatures.len(), 64 + 1, "and the cache's own");
+    // With no room for more, nothing more is written.
+    let generations = kit.bucket.list("caches/", None).await.unwrap().len();
+    kit.lake.publish(&kit.cache, signed(40..100), &[key()]).await.unwrap();
+    assert_eq!(kit.bucket.list("caches/", None).await.unwrap().len(), generations);
     let reopened = Kit::over(kit.bucket.clone(), Settings::default()).await;
     assert!(reopened.nar(&object.path.hash).await.unwrap() == object.nar);
 }
