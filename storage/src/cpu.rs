@@ -1,6 +1,7 @@
 //! Threads for work that is all computation: compressing frames. Kept apart from the runtime's threads, which must
 //! always be free to move bytes.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -40,6 +41,9 @@ impl CpuPool {
 
     /// Hands a job to the next free thread; waits while the queue is full. Only for threads that may block.
     ///
+    /// A job may end without having run to its end: it panicked, or no thread was left to run it. Whoever waits for it
+    /// puts a guard into it that says so when it is dropped.
+    ///
     /// # Errors
     /// `Stopped` where all threads are gone.
     pub(crate) fn run(&self, job: impl FnOnce(&mut FrameEncoder) + Send + 'static) -> Result<(), Error> {
@@ -58,7 +62,13 @@ fn work(queue: &Mutex<Receiver<Job>>, zstd_level: i32) {
     loop {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         match job {
-            Ok(job) => job(&mut encoder),
+            // A job that panics takes its own push down, not the thread that all pushes share.
+            Ok(job) => {
+                if catch_unwind(AssertUnwindSafe(|| job(&mut encoder))).is_err() {
+                    tracing::error!("a compression job panicked; its push fails");
+                    encoder = FrameEncoder::new(zstd_level);
+                }
+            }
             Err(_) => return,
         }
     }
@@ -70,5 +80,31 @@ impl Drop for CpuPool {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_panic_ends_the_job_alone() {
+        let pool = CpuPool::start(1, 3).unwrap();
+        let (ended, end) = mpsc::channel::<&str>();
+        let guard = ended.clone();
+        pool.run(move |_| {
+            let _guard = guard;
+            panic!("injected");
+        })
+        .unwrap();
+        pool.run(move |_| ended.send("the next").unwrap()).unwrap();
+        assert_eq!(end.recv_timeout(PATIENCE), Ok("the next"));
+        // What the job that panicked held is gone.
+        assert_eq!(end.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
     }
 }

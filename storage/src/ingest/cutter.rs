@@ -95,7 +95,7 @@ impl Cutter {
         let strings = self.scrubber.finish();
         let finished = self.tree.finish(&strings)?;
         let Blobs { outlet, relied, stats, .. } = self.tree.blobs;
-        outlet.drain();
+        outlet.drain()?;
         Ok(Cut { finished, strings, nar_size: reader.offset(), stats, outlet, relied })
     }
 

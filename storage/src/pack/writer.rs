@@ -7,6 +7,9 @@
 //!
 //! Invariant (docs/consistency.md, rule 1): the index never names a pack that the bucket has not confirmed. Until then
 //! its blobs are *pending*: a push that meets one relies on that pack, and its own commit waits for it.
+//!
+//! Every wait ends: a put has the bucket's deadlines, and however it ends, a panic and the end of the runtime included,
+//! [`Sealed`] makes room for the next pack and tells those who wait.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -106,34 +109,35 @@ impl PackWriter {
 
     /// Seals every open pack and waits until nothing is under way.
     pub(crate) async fn flush(&self) -> Result<(), Error> {
-        let waits: Vec<PendingPack> = {
+        let sealed: Vec<Sealed> = {
             let mut domains = self.shared.lock();
             let all: Vec<Domain> = domains.by_domain.keys().copied().collect();
             all.into_iter().filter_map(|domain| self.seal(&mut domains, domain)).collect()
         };
+        let waits: Vec<PendingPack> = sealed.iter().map(|sealed| sealed.pending.clone()).collect();
+        sealed.into_iter().for_each(Sealed::start);
         for pack in waits {
             landed(pack).await?;
         }
         Ok(())
     }
 
-    /// Takes the open pack out and starts its put.
-    fn seal(&self, domains: &mut Domains, domain: Domain) -> Option<PendingPack> {
-        let open = domains.by_domain.get_mut(&domain)?.open.take()?;
+    /// Takes the open pack out. The caller starts its put once `domains` is unlocked.
+    fn seal(&self, domains: &mut Domains, domain: Domain) -> Option<Sealed> {
+        let OpenPack { builder, pending, land, .. } = domains.by_domain.get_mut(&domain)?.open.take()?;
         domains.sealed += 1;
-        let pending = open.pending.clone();
-        let shared = Arc::clone(&self.shared);
-        self.shared.runtime.spawn(async move { shared.put(domain, open).await });
-        Some(pending)
+        Some(Sealed { shared: Arc::clone(&self.shared), domain, builder: Some(builder), pending, land, landing: None })
     }
 
     async fn seal_later(self, domain: Domain, number: u64) {
         tokio::time::sleep(self.shared.seal_after).await;
-        let mut domains = self.shared.lock();
-        let open = domains.by_domain.get(&domain).and_then(|d| d.open.as_ref());
-        if open.is_some_and(|open| open.pending.number == number) {
-            self.seal(&mut domains, domain);
-        }
+        let sealed = {
+            let mut domains = self.shared.lock();
+            let open = domains.by_domain.get(&domain).and_then(|d| d.open.as_ref());
+            let is_open = open.is_some_and(|open| open.pending.number == number);
+            is_open.then(|| self.seal(&mut domains, domain)).flatten()
+        };
+        sealed.into_iter().for_each(Sealed::start);
     }
 }
 
@@ -141,38 +145,66 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, Domains> {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Puts a sealed pack and tells everybody who waits.
-    async fn put(&self, domain: Domain, open: OpenPack) {
-        let pack = PackRef { domain, id: PackId(self.mint.ulid()) };
-        let (parts, footer) = open.builder.finish();
+/// A pack taken out to be put. Dropped it makes room for the next one and tells everybody who waits what became of it:
+/// nothing, where its put did not run to its end. Dropping it takes the lock of `domains`, so it is never done under it.
+#[must_use]
+struct Sealed {
+    shared: Arc<Shared>,
+    domain: Domain,
+    builder: Option<PackBuilder>,
+    pending: PendingPack,
+    land: watch::Sender<Landing>,
+    landing: Landing,
+}
+
+impl Sealed {
+    fn start(self) {
+        let runtime = self.shared.runtime.clone();
+        runtime.spawn(self.put());
+    }
+
+    async fn put(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let pack = PackRef { domain: self.domain, id: PackId(shared.mint.ulid()) };
+        let Some((parts, footer)) = self.builder.take().map(PackBuilder::finish) else { return };
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
         let payload = parts.into_iter().map(Bytes::from).collect::<Vec<Bytes>>();
-        let result = self.bucket.put_new(&keys::pack(&pack), payload).await;
-        let landing = match result {
+        let result = shared.bucket.put_new(&keys::pack(&pack), payload).await;
+        self.landing = Some(match result {
             Ok(_) => {
-                self.index.add(pack, bytes, footer.locations(pack));
-                self.metrics.packs_written.inc();
-                self.metrics.packs_written_bytes.inc_by(bytes);
+                shared.index.add(pack, bytes, footer.locations(pack));
+                shared.metrics.packs_written.inc();
+                shared.metrics.packs_written_bytes.inc_by(bytes);
                 Ok(pack)
             }
             Err(error) => {
                 tracing::error!(pack = %keys::pack(&pack), error = error.chain(), "pack not written");
                 Err(Arc::new(error))
             }
-        };
-        {
-            let mut domains = self.lock();
-            domains.sealed -= 1;
-            if let Some(state) = domains.by_domain.get_mut(&domain) {
-                state.pending.retain(|_, pending| pending.number != open.pending.number);
-            }
-        }
-        self.landed.notify_all();
-        open.land.send_replace(Some(landing));
-        if let Err(error) = self.index.flush_full().await {
+        });
+        drop(self);
+        if let Err(error) = shared.index.flush_full().await {
             // The memtable stays in memory and is tried again with the next pack.
             tracing::warn!(error = error.chain(), "index segment not written");
+        }
+    }
+}
+
+impl Drop for Sealed {
+    fn drop(&mut self) {
+        {
+            let mut domains = self.shared.lock();
+            domains.sealed -= 1;
+            if let Some(state) = domains.by_domain.get_mut(&self.domain) {
+                state.pending.retain(|_, pending| pending.number != self.pending.number);
+            }
+        }
+        self.shared.landed.notify_all();
+        // Where there is no outcome, those who wait see the sender go.
+        if self.landing.is_some() {
+            self.land.send_replace(self.landing.take());
         }
     }
 }
@@ -199,6 +231,8 @@ impl Session {
     /// the bucket, each of which has a deadline; so not for a runtime's thread.
     pub(crate) fn append(&self, frame: Frame) -> PendingPack {
         let shared = &self.writer.shared;
+        // Outlives the lock, whatever happens under it.
+        let mut sealed: Vec<Sealed> = Vec::new();
         let mut domains = shared.lock();
         while domains.sealed >= SEALED_MAX {
             domains = shared.landed.wait(domains).unwrap_or_else(PoisonError::into_inner);
@@ -209,7 +243,7 @@ impl Session {
             .and_then(|d| d.open.as_ref())
             .is_some_and(|open| !open.builder.fits(&frame));
         if full {
-            self.writer.seal(&mut domains, self.domain);
+            sealed.extend(self.writer.seal(&mut domains, self.domain));
         }
         domains.next_number += 1;
         let number = domains.next_number;
@@ -219,11 +253,15 @@ impl Session {
             OpenPack { builder: PackBuilder::new(), pending: PendingPack { number, landed }, land, awaited: false }
         });
         let pending = open.pending.clone();
-        state.pending.extend(frame.blobs.iter().map(|blob| (blob.id, pending.clone())));
+        // In the pack before they are pending: nobody may rely on a pack that does not hold them.
+        let ids: Vec<BlobId> = frame.blobs.iter().map(|blob| blob.id).collect();
         open.builder.push(frame);
+        state.pending.extend(ids.into_iter().map(|id| (id, pending.clone())));
         if open.builder.len() >= PACK_TARGET as u64 {
-            self.writer.seal(&mut domains, self.domain);
+            sealed.extend(self.writer.seal(&mut domains, self.domain));
         }
+        drop(domains);
+        sealed.into_iter().for_each(Sealed::start);
         pending
     }
 
@@ -246,6 +284,7 @@ impl Session {
         if !std::mem::take(&mut self.writing) {
             return;
         }
+        let mut sealed = None;
         let mut domains = self.writer.shared.lock();
         let Some(state) = domains.by_domain.get_mut(&self.domain) else { return };
         state.writing -= 1;
@@ -255,10 +294,12 @@ impl Session {
         let newly_awaited = !open.awaited && relied.iter().any(|pack| pack.number == number);
         open.awaited |= newly_awaited;
         if nobody_writes && open.awaited {
-            self.writer.seal(&mut domains, self.domain);
+            sealed = self.writer.seal(&mut domains, self.domain);
         } else if newly_awaited {
             self.writer.shared.runtime.spawn(self.writer.clone().seal_later(self.domain, number));
         }
+        drop(domains);
+        sealed.into_iter().for_each(Sealed::start);
     }
 }
 
@@ -286,3 +327,6 @@ async fn landed(mut pack: PendingPack) -> Result<PackRef, Error> {
         }),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

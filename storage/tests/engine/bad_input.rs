@@ -1,8 +1,11 @@
 //! What a client sends that is no NAR, too much, or never ends. Nothing of it is visible, and the lake goes on.
 
 use std::io;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt;
 use narlake_storage::{Bucket, Error, ErrorKind, Settings};
 
 use crate::kit::{Kit, directory, file, metrics, noise, object, stream};
@@ -92,4 +95,32 @@ async fn a_client_that_goes_away() {
     kit.push(&object).await;
     assert!(kit.nar(&object.path.hash).await.unwrap() == object.nar);
     check_goes_on(&kit).await;
+}
+
+/// A client that goes silent is given up by dropping its push; the runtime, which waits for its threads, can then end.
+#[test]
+fn a_push_given_up_leaves_no_thread() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let nar = file(noise(6, 6 << 20)).nar();
+    runtime.block_on(async {
+        let kit = Kit::memory().await;
+        let (tell, silent) = tokio::sync::oneshot::channel();
+        let silence = futures::stream::once(async move {
+            tell.send(()).unwrap();
+            std::future::pending().await
+        });
+        let (lake, cache) = (kit.lake.clone(), kit.cache.clone());
+        let body = stream(&nar[..nar.len() - 8]).chain(Box::pin(silence));
+        let push = tokio::spawn(async move { lake.ingest(&cache, body).await.map(|_| ()) });
+        silent.await.unwrap();
+        push.abort();
+        assert!(push.await.unwrap_err().is_cancelled());
+        check_goes_on(&kit).await;
+    });
+    let (tell, ended) = mpsc::channel();
+    std::thread::spawn(move || {
+        drop(runtime);
+        tell.send(()).unwrap();
+    });
+    ended.recv_timeout(Duration::from_secs(10)).expect("no thread is left");
 }
