@@ -1,7 +1,7 @@
 //! A NAR comes in: read strictly, scrubbed, cut, deduplicated, compressed, packed.
 //!
 //! ```text
-//! stream -+-> NarHash (own thread)
+//! stream -+-> NarHash (own thread, or the cutter's)
 //!         +-> cutter (own thread): nar::Reader -> Scrubber -> Chunker -> known? -> frames -> CpuPool -> open pack
 //!                                                     \-> ManifestWriter -> parts -> frames ---/
 //! ```
@@ -22,9 +22,8 @@ use futures::{FutureExt, Stream, StreamExt};
 use narlake_format::id::{ManifestId, TableId};
 use narlake_format::lake::location::{Domain, PackRef};
 use narlake_format::lake::strings::StringTable;
-use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::hash::{Sha256Hash, Sha256Hasher};
 use narlake_format::nix::store_path::StoreDir;
-use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use self::cutter::{Cut, Cutter};
@@ -36,6 +35,9 @@ use crate::pack::writer::PackWriter;
 
 /// Bytes of the client's that go to a stage at once, where as many are there: each handing over wakes a thread.
 const BATCH_BYTES: usize = 256 << 10;
+
+/// Pieces in such a batch, at most: a client may send a byte at a time.
+const BATCH_PIECES: usize = 64;
 
 /// Batches that may wait before a stage.
 const QUEUE: usize = 4;
@@ -96,21 +98,29 @@ impl Intake {
         let start = tokio::time::Instant::now();
         let (to_hash, hash_input) = mpsc::channel(QUEUE);
         let (to_cut, cut_input) = mpsc::channel(QUEUE);
-        let hashing = tokio::task::spawn_blocking(move || hash(hash_input));
-        let cutter = Cutter::new(self, self.writer.begin(domain));
+        let session = self.writer.begin(domain);
+        // One stream is twice as fast with two threads; where there are as many pushes as processors, a second thread
+        // has nowhere to run, and the bytes are read from memory twice.
+        let beside = self.writer.writing() < self.cpu.threads();
+        let hashing = beside.then(|| tokio::task::spawn_blocking(move || hash(hash_input)));
+        let cutter = Cutter::new(self, session, !beside);
         let cutting = tokio::task::spawn_blocking(move || cutter.run(cut_input));
         let mut nar = nar.fuse();
         while let Some(batch) = batch(&mut nar).await {
             let batch: Arc<[Bytes]> = batch.map_err(Error::Body)?.into();
             // A stage that has stopped says why when it is joined.
-            if to_cut.send(Arc::clone(&batch)).await.is_err() || to_hash.send(batch).await.is_err() {
+            if to_cut.send(Arc::clone(&batch)).await.is_err() || (beside && to_hash.send(batch).await.is_err()) {
                 break;
             }
         }
         drop((to_cut, to_hash));
-        let Cut { finished, strings, nar_size, stats, outlet, relied } =
+        let Cut { nar_hash, finished, strings, nar_size, stats, outlet, relied } =
             cutting.await.map_err(|_| Error::Stopped("cutter"))??;
-        let nar_hash = hashing.await.map_err(|_| Error::Stopped("hasher"))?;
+        let nar_hash = match (nar_hash, hashing) {
+            (Some(nar_hash), _) => nar_hash,
+            (None, Some(hashing)) => hashing.await.map_err(|_| Error::Stopped("hasher"))?,
+            (None, None) => return Err(Error::Stopped("hasher")),
+        };
         let (session, pending, bytes_stored) = outlet.close()?;
         let mut packs = session.commit(pending).await?;
         packs.extend(relied);
@@ -126,7 +136,7 @@ impl Intake {
     }
 }
 
-/// The next bytes, and what has come behind them already. Cancel safe but for the bytes.
+/// The next bytes, and those behind them that are there already. Not cancel safe: bytes taken are lost.
 async fn batch<S>(nar: &mut Fuse<S>) -> Option<io::Result<Vec<Bytes>>>
 where
     S: Stream<Item = io::Result<Bytes>> + Unpin,
@@ -142,7 +152,7 @@ where
             }
             Err(error) => return Some(Err(error)),
         }
-        if length >= BATCH_BYTES {
+        if length >= BATCH_BYTES || batch.len() == BATCH_PIECES {
             break;
         }
         next = nar.next().now_or_never().flatten();
@@ -151,9 +161,61 @@ where
 }
 
 fn hash(mut input: mpsc::Receiver<Arc<[Bytes]>>) -> Sha256Hash {
-    let mut hasher = Sha256::new();
+    let mut hasher = Sha256Hasher::new();
     while let Some(batch) = input.blocking_recv() {
         batch.iter().for_each(|bytes| hasher.update(bytes));
     }
-    Sha256Hash::from_bytes(hasher.finalize().into())
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use narlake_format::limits::NAR_SIZE_MAX;
+    use narlake_format::nar::{Event, Writer};
+
+    use super::*;
+    use crate::pack::writer::tests::{index, writer};
+
+    /// NarHash is the same whichever thread computes it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn hashed_beside_the_cutter_or_in_it() {
+        let state = tempfile::tempdir().unwrap();
+        let writer = writer(state.path()).await;
+        let file: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_le_bytes).collect();
+        let events = [Event::File { executable: false, size: file.len() as u64 }, Event::Data(&file), Event::EndFile];
+        let (mut nar, mut events_to_nar) = (Vec::new(), Writer::new());
+        events.into_iter().for_each(|event| events_to_nar.event(event, &mut nar).unwrap());
+        for threads in [1, 2] {
+            let intake = Intake {
+                store_dir: StoreDir::default(),
+                nar_size_max: NAR_SIZE_MAX,
+                index: index(&writer),
+                writer: writer.clone(),
+                cpu: Arc::new(CpuPool::start(threads, 3).unwrap()),
+                metrics: Metrics::new(&prometheus::Registry::new()),
+            };
+            let pieces: Vec<_> = nar.chunks(50_000).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+            let ingested = intake.ingest(Domain::Public, futures::stream::iter(pieces)).await.unwrap();
+            assert_eq!(ingested.nar_hash, Sha256Hash::of(&nar), "{threads} threads");
+            assert_eq!(writer.writing(), 0);
+        }
+    }
+
+    /// A stream that has these pieces now and no more for a while.
+    fn pieces(count: usize, length: usize) -> Fuse<impl Stream<Item = io::Result<Bytes>> + Unpin> {
+        let there = futures::stream::iter((0..count).map(move |_| Ok(Bytes::from(vec![7; length]))));
+        there.chain(futures::stream::pending()).fuse()
+    }
+
+    #[tokio::test]
+    async fn a_batch_is_what_is_there_within_its_limits() {
+        for (count, length, expected) in [(1, 10, 1), (3, 10, 3), (100, 1, BATCH_PIECES), (9, BATCH_BYTES / 2, 2)] {
+            let mut stream = pieces(count, length);
+            let first = batch(&mut stream).now_or_never().expect("no wait for more").unwrap().unwrap();
+            assert_eq!(first.len(), expected, "{count} pieces of {length}");
+        }
+        let mut broken = futures::stream::iter([Ok(Bytes::from_static(b"x")), Err(io::Error::other("broken"))]).fuse();
+        assert!(batch(&mut broken).await.unwrap().is_err());
+        assert!(batch(&mut futures::stream::empty().fuse()).await.is_none());
+    }
 }

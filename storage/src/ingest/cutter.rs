@@ -13,6 +13,7 @@ use narlake_format::lake::scrub::{Patch, ScrubVersion, Scrubber};
 use narlake_format::lake::strings::StringTable;
 use narlake_format::limits::TABLE_INLINE_MAX;
 use narlake_format::nar::{Event, Reader};
+use narlake_format::nix::hash::{Sha256Hash, Sha256Hasher};
 use tokio::sync::mpsc;
 
 use super::outlet::Outlet;
@@ -30,6 +31,8 @@ const STRETCH: usize = 4 * LongFileHasher::PIECE;
 
 /// What cutting a whole NAR gives.
 pub(super) struct Cut {
+    /// Where the cutter was to compute it.
+    pub(super) nar_hash: Option<Sha256Hash>,
     pub(super) finished: ManifestId,
     pub(super) strings: StringTable,
     pub(super) nar_size: u64,
@@ -42,6 +45,8 @@ pub(super) struct Cut {
 /// Reads one NAR.
 pub(super) struct Cutter {
     nar_size_max: u64,
+    /// For NarHash, unless another thread computes it.
+    hasher: Option<Sha256Hasher>,
     scrubber: Scrubber,
     chunker: Chunker,
     tree: Tree,
@@ -55,9 +60,10 @@ pub(super) struct Cutter {
 }
 
 impl Cutter {
-    pub(super) fn new(intake: &Intake, session: Session) -> Self {
+    pub(super) fn new(intake: &Intake, session: Session, hashes: bool) -> Self {
         Self {
             nar_size_max: intake.nar_size_max,
+            hasher: hashes.then(Sha256Hasher::new),
             scrubber: Scrubber::new(&intake.store_dir),
             chunker: Chunker::new(),
             tree: Tree {
@@ -85,6 +91,9 @@ impl Cutter {
         let mut reader = Reader::new();
         while let Some(batch) = input.blocking_recv() {
             for bytes in batch.iter() {
+                if let Some(hasher) = &mut self.hasher {
+                    hasher.update(bytes);
+                }
                 reader.feed(bytes, &mut |event| self.event(event))?;
             }
             if reader.offset() > self.nar_size_max {
@@ -96,7 +105,8 @@ impl Cutter {
         let finished = self.tree.finish(&strings)?;
         let Blobs { outlet, relied, stats, .. } = self.tree.blobs;
         outlet.drain()?;
-        Ok(Cut { finished, strings, nar_size: reader.offset(), stats, outlet, relied })
+        let nar_hash = self.hasher.map(Sha256Hasher::finish);
+        Ok(Cut { nar_hash, finished, strings, nar_size: reader.offset(), stats, outlet, relied })
     }
 
     fn event(&mut self, event: Event<'_>) -> Result<(), Error> {

@@ -107,6 +107,11 @@ impl PackWriter {
         Session { writer: self.clone(), domain, writing: true }
     }
 
+    /// Pushes under way that still write, of all domains.
+    pub(crate) fn writing(&self) -> usize {
+        self.shared.lock().by_domain.values().map(|state| state.writing).sum()
+    }
+
     /// Seals every open pack and waits until nothing is under way.
     pub(crate) async fn flush(&self) -> Result<(), Error> {
         let sealed: Vec<Sealed> = {

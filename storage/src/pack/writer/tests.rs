@@ -22,6 +22,11 @@ pub(crate) async fn writer(state: &Path) -> PackWriter {
     PackWriter::new(bucket, Arc::new(index), mint, metrics, Duration::from_millis(10))
 }
 
+/// The index that it enters packs in.
+pub(crate) fn index(writer: &PackWriter) -> Arc<Index> {
+    Arc::clone(&writer.shared.index)
+}
+
 fn frame(bytes: &[u8]) -> Frame {
     let mut content = FrameContent::default();
     content.push(BlobKind::Chunk, ChunkId::of(bytes).into(), bytes);
