@@ -19,7 +19,7 @@ pub(crate) async fn writer(state: &Path) -> PackWriter {
     let (kv, _) = Kv::open(state, LakeId(Ulid::nil())).unwrap();
     let mint = Mint::new(Arc::new(SystemClock), Arc::new(OsEntropy));
     let index = Index::open(state, bucket.clone(), kv, mint.clone(), metrics.clone()).await.unwrap();
-    PackWriter::new(bucket, Arc::new(index), mint, metrics, Duration::from_millis(10))
+    PackWriter::new(bucket, index, mint, metrics, Duration::from_millis(10))
 }
 
 /// The index that it enters packs in.
@@ -47,10 +47,11 @@ async fn a_put_that_panics_is_an_error_of_those_who_wait() {
     }
     let committed = tokio::time::timeout(PATIENCE, session.commit(vec![pending])).await.expect("an end");
     assert!(matches!(committed, Err(Error::Stopped(_))), "{committed:?}");
-    let domains = writer.shared.lock();
-    assert_eq!(domains.sealed, 0, "room for the next pack");
-    assert!(domains.by_domain.values().all(|state| state.pending.is_empty()), "nobody relies on what is lost");
-    drop(domains);
+    {
+        let domains = writer.shared.lock();
+        assert_eq!(domains.sealed, 0, "room for the next pack");
+        assert!(domains.by_domain.values().all(|state| state.pending.is_empty()), "nobody relies on what is lost");
+    }
     let session = writer.begin(Domain::Public);
     let pending = session.append(frame(b"kept"));
     assert_eq!(session.commit(vec![pending]).await.unwrap().len(), 1);
