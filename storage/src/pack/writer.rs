@@ -1,9 +1,10 @@
 //! The open pack of each trust domain, shared by all pushes: group commit.
 //!
-//! Frames go into the open pack as they are compressed. A pack is sealed when it is full, when the last push that was
-//! still writing waits for its commit, or a moment after the oldest waiting commit, whichever is first; so a lone push
-//! never waits and many small ones share a pack. Sealing mints the id, puts the object, and only then enters its blobs
-//! in the index.
+//! Frames go into the open pack as they are compressed. A pack is sealed when it is full, when a commit waits for it and
+//! it is large enough to be worth a put of its own, when the last push that was still writing waits for its commit, or a
+//! moment after the oldest waiting commit, whichever is first; so a lone push never waits, many small ones share a pack,
+//! and while some wait for a put others go on. Sealing mints the id, puts the object, and only then enters its blobs in
+//! the index.
 //!
 //! Invariant (docs/consistency.md, rule 1): the index never names a pack that the bucket has not confirmed. Until then
 //! its blobs are *pending*: a push that meets one relies on that pack, and its own commit waits for it.
@@ -32,7 +33,13 @@ use crate::metrics::Metrics;
 use crate::mint::Mint;
 
 /// Sealed packs whose put is under way, at most; further frames wait.
-const SEALED_MAX: usize = 3;
+const SEALED_MAX: usize = 16;
+/// Bytes of them, roughly: they are in memory.
+const SEALED_BYTES_MAX: u64 = 3 * PACK_TARGET as u64;
+
+/// Bytes from which a pack that a commit waits for is put at once. Were it left open while others write, all pushes
+/// would end up waiting for one put, and the processors with them.
+const AWAITED_TARGET: u64 = 4 << 20;
 
 /// What became of a pack.
 type Landing = Option<Result<PackRef, Arc<Error>>>;
@@ -74,6 +81,7 @@ struct Shared {
 struct Domains {
     next_number: u64,
     sealed: usize,
+    sealed_bytes: u64,
     by_domain: HashMap<Domain, OpenDomain>,
 }
 
@@ -91,6 +99,14 @@ struct OpenPack {
     land: watch::Sender<Landing>,
     /// A commit waits for this pack.
     awaited: bool,
+}
+
+impl OpenPack {
+    /// Whether it is large enough to be put, whoever still writes.
+    fn is_due(&self) -> bool {
+        let target = if self.awaited { AWAITED_TARGET } else { PACK_TARGET as u64 };
+        self.builder.len() >= target
+    }
 }
 
 impl PackWriter {
@@ -130,8 +146,11 @@ impl PackWriter {
     /// Takes the open pack out. The caller starts its put once `domains` is unlocked.
     fn seal(&self, domains: &mut Domains, domain: Domain) -> Option<Sealed> {
         let OpenPack { builder, pending, land, .. } = domains.by_domain.get_mut(&domain)?.open.take()?;
+        let bytes = builder.len();
         domains.sealed += 1;
-        Some(Sealed { shared: Arc::clone(&self.shared), domain, builder: Some(builder), pending, land, landing: None })
+        domains.sealed_bytes += bytes;
+        let shared = Arc::clone(&self.shared);
+        Some(Sealed { shared, domain, bytes, builder: Some(builder), pending, land, landing: None })
     }
 
     async fn seal_later(self, domain: Domain, number: u64) {
@@ -158,6 +177,7 @@ impl Shared {
 struct Sealed {
     shared: Arc<Shared>,
     domain: Domain,
+    bytes: u64,
     builder: Option<PackBuilder>,
     pending: PendingPack,
     land: watch::Sender<Landing>,
@@ -202,6 +222,7 @@ impl Drop for Sealed {
         {
             let mut domains = self.shared.lock();
             domains.sealed -= 1;
+            domains.sealed_bytes -= self.bytes;
             if let Some(state) = domains.by_domain.get_mut(&self.domain) {
                 state.pending.retain(|_, pending| pending.number != self.pending.number);
             }
@@ -239,7 +260,7 @@ impl Session {
         // Outlives the lock, whatever happens under it.
         let mut sealed: Vec<Sealed> = Vec::new();
         let mut domains = shared.lock();
-        while domains.sealed >= SEALED_MAX {
+        while domains.sealed >= SEALED_MAX || domains.sealed_bytes >= SEALED_BYTES_MAX {
             domains = shared.landed.wait(domains).unwrap_or_else(PoisonError::into_inner);
         }
         let full = domains
@@ -262,7 +283,7 @@ impl Session {
         let ids: Vec<BlobId> = frame.blobs.iter().map(|blob| blob.id).collect();
         open.builder.push(frame);
         state.pending.extend(ids.into_iter().map(|id| (id, pending.clone())));
-        if open.builder.len() >= PACK_TARGET as u64 {
+        if open.is_due() {
             sealed.extend(self.writer.seal(&mut domains, self.domain));
         }
         drop(domains);
@@ -298,7 +319,7 @@ impl Session {
         let number = open.pending.number;
         let newly_awaited = !open.awaited && relied.iter().any(|pack| pack.number == number);
         open.awaited |= newly_awaited;
-        if nobody_writes && open.awaited {
+        if open.awaited && (nobody_writes || open.is_due()) {
             sealed = self.writer.seal(&mut domains, self.domain);
         } else if newly_awaited {
             self.writer.shared.runtime.spawn(self.writer.clone().seal_later(self.domain, number));

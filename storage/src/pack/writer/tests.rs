@@ -1,4 +1,4 @@
-//! Waits that must end though the put they wait for does not come to its end.
+//! When packs are sealed, and waits that must end though the put they wait for does not come to its end.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -14,12 +14,16 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A writer to a bucket in memory.
 pub(crate) async fn writer(state: &Path) -> PackWriter {
+    writer_sealing_after(state, Duration::from_millis(10)).await
+}
+
+async fn writer_sealing_after(state: &Path, seal_after: Duration) -> PackWriter {
     let metrics = Metrics::new(&prometheus::Registry::new());
     let bucket = Bucket::memory(&metrics);
     let (kv, _) = Kv::open(state, LakeId(Ulid::nil())).unwrap();
     let mint = Mint::new(Arc::new(SystemClock), Arc::new(OsEntropy));
     let index = Index::open(state, bucket.clone(), kv, mint.clone(), metrics.clone()).await.unwrap();
-    PackWriter::new(bucket, index, mint, metrics, Duration::from_millis(10))
+    PackWriter::new(bucket, index, mint, metrics, seal_after)
 }
 
 /// The index that it enters packs in.
@@ -49,7 +53,7 @@ async fn a_put_that_panics_is_an_error_of_those_who_wait() {
     assert!(matches!(committed, Err(Error::Stopped(_))), "{committed:?}");
     {
         let domains = writer.shared.lock();
-        assert_eq!(domains.sealed, 0, "room for the next pack");
+        assert_eq!((domains.sealed, domains.sealed_bytes), (0, 0), "room for the next pack");
         assert!(domains.by_domain.values().all(|state| state.pending.is_empty()), "nobody relies on what is lost");
     }
     let session = writer.begin(Domain::Public);
@@ -87,4 +91,42 @@ fn the_end_of_the_runtime_ends_waits() {
         assert!(matches!(outcome, Err(Error::Stopped(_))), "{outcome:?}");
     }
     assert_eq!(writer.shared.lock().sealed, 0);
+}
+
+/// Bytes that hardly compress, 256 KiB of them.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let words = std::iter::repeat_with(|| {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let word = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (word ^ word >> 27).to_le_bytes()
+    });
+    words.take(1 << 15).flatten().collect()
+}
+
+/// A commit does not wait for those who still write where its pack is worth a put of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_pack_is_put_while_others_write() {
+    let state = tempfile::tempdir().unwrap();
+    let writer = writer_sealing_after(state.path(), Duration::from_secs(3600)).await;
+    let large = writer.begin(Domain::Public);
+    let fill = |from: u64| {
+        let frames = AWAITED_TARGET / (256 << 10) + 1;
+        (from..from + frames).for_each(|seed| drop(large.append(frame(&noise(seed << 32)))));
+    };
+    // Large before the commit comes.
+    let small = writer.begin(Domain::Public);
+    let pending = small.append(frame(b"first"));
+    fill(0);
+    assert!(writer.shared.lock().by_domain.values().all(|state| state.open.is_some()), "nobody waits for it");
+    let packs = tokio::time::timeout(PATIENCE, small.commit(vec![pending])).await.expect("put at once").unwrap();
+    assert_eq!(packs.len(), 1);
+    // Large after it.
+    let small = writer.begin(Domain::Public);
+    let pending = small.append(frame(b"second"));
+    let mut commit = Box::pin(small.commit(vec![pending]));
+    tokio::time::timeout(Duration::from_millis(50), &mut commit).await.expect_err("too small to be put alone");
+    fill(1000);
+    let packs = tokio::time::timeout(PATIENCE, commit).await.expect("put at once").unwrap();
+    assert_eq!(packs.len(), 1);
 }
