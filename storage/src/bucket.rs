@@ -243,17 +243,17 @@ impl Bucket {
 
     async fn read(&self, key: &str, options: GetOptions) -> Result<Bytes, Error> {
         // The retry layer sees only the request; a body that breaks off is read anew from here.
-        let mut attempt = 0;
+        let mut repeats = Repeats::default();
         loop {
             let result = self.store.get_opts(&path(key)?, options.clone()).await;
             let found = result.map_err(|error| bucket_error("read", key, error))?;
-            match within("read", BODY_LIMIT, found.bytes()).await {
+            let error = match within("read", BODY_LIMIT, found.bytes()).await {
                 Ok(bytes) => return Ok(bytes),
-                Err(error) if attempt < BODY_RETRIES => {
-                    attempt += 1;
-                    tracing::debug!(key, attempt, error = %error, "body broke off, reading again");
-                }
-                Err(error) => return Err(bucket_error("read", key, error)),
+                Err(error) => error,
+            };
+            tracing::debug!(key, error = %error, "body broke off");
+            if !repeats.another().await {
+                return Err(bucket_error("read", key, error));
             }
         }
     }
@@ -276,21 +276,23 @@ impl Bucket {
     /// Where the bucket does not answer.
     pub async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Vec<ObjectInfo>, Error> {
         let at = path(prefix)?;
-        let mut attempt = 0;
+        let mut repeats = Repeats::default();
         loop {
             let stream = match after {
                 Some(after) => self.store.list_with_offset(Some(&at), &path(after)?),
                 None => self.store.list(Some(&at)),
             };
-            match collect(stream).await {
+            let error = match collect(stream).await {
                 Ok(mut found) => {
                     found.sort_by(|a, b| a.key.cmp(&b.key));
                     return Ok(found);
                 }
                 // A prefix that was never written is an empty one; a local directory says it does not exist.
                 Err(object_store::Error::NotFound { .. }) => return Ok(Vec::new()),
-                Err(error) if attempt < BODY_RETRIES && retry::is_transient(&error) => attempt += 1,
-                Err(error) => return Err(bucket_error("list", prefix, error)),
+                Err(error) => error,
+            };
+            if !retry::is_transient(&error) || !repeats.another().await {
+                return Err(bucket_error("list", prefix, error));
             }
         }
     }
@@ -319,12 +321,14 @@ impl Bucket {
     pub async fn delete(&self, key: &str) -> Result<(), Error> {
         let at = path(key)?;
         // The backend deletes in streams, which the retry layer lets pass.
-        let mut attempt = 0;
+        let mut repeats = Repeats::default();
         loop {
-            match within("delete", BODY_LIMIT, self.store.delete(&at)).await {
+            let error = match within("delete", BODY_LIMIT, self.store.delete(&at)).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => return Ok(()),
-                Err(error) if attempt < BODY_RETRIES && retry::is_transient(&error) => attempt += 1,
-                Err(error) => return Err(bucket_error("delete", key, error)),
+                Err(error) => error,
+            };
+            if !retry::is_transient(&error) || !repeats.another().await {
+                return Err(bucket_error("delete", key, error));
             }
         }
     }
@@ -340,8 +344,27 @@ pub(crate) fn decode_document<D: Document>(key: &str, bytes: &[u8]) -> Result<D,
     })
 }
 
-/// How often a body or listing that broke off is read again.
-const BODY_RETRIES: u32 = 3;
+/// How often a body or listing that broke off is read again, or a deletion repeated.
+const REPEATS_MAX: u32 = 3;
+
+/// The pause before the first repetition; each further one is twice as long.
+const REPEAT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Repetitions of what the retry layer lets pass.
+#[derive(Default)]
+struct Repeats(u32);
+
+impl Repeats {
+    /// Whether there is to be another; it is time for it when this returns.
+    async fn another(&mut self) -> bool {
+        if self.0 == REPEATS_MAX {
+            return false;
+        }
+        tokio::time::sleep(REPEAT_PAUSE * (1 << self.0)).await;
+        self.0 += 1;
+        true
+    }
+}
 
 /// Time limit of one body (a pack at most), of one page of a listing, and of one attempt to delete. The retry layer
 /// bounds everything else.

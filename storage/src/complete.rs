@@ -47,8 +47,8 @@ impl<'a> Blobs<'a> {
         Self { fetcher, roots, manifest: None }
     }
 
-    /// The next blobs, in the order of the tree, each once within its batch; none where that was all. What describes the tree (manifest, parts,
-    /// table) is read for this, and so verified.
+    /// The next blobs, in the order of the tree, each once within its batch; none where that was all. What describes the
+    /// tree (manifest, parts, table) is read for this, and so verified.
     ///
     /// # Errors
     /// `Corrupt` where what describes the tree is nowhere or does not verify.

@@ -176,10 +176,10 @@ impl Lake {
 
     /// The upload of this name that waits for its narinfo: the newest whose content may be relied on, else the newest.
     pub(crate) async fn waiting(&self, cache: &Cache, name: &UploadName) -> Result<Option<Waiting>, Error> {
-        let mut uploads = self.inner.uploads.find(cache.id(), name).await?;
-        // Mostly every pack of the newest is as it was, and nothing has to be read.
+        // Mostly every pack of the newest is as it was, and nothing more has to be read.
         let index = &self.inner.index;
         let untouched = |upload: &UploadDocument| upload.packs.iter().all(|pack| index.is_sound(pack));
+        let mut uploads = self.inner.uploads.find(cache.id(), name, untouched).await?;
         if let Some(at) = uploads.iter().position(untouched) {
             return Ok(Some(Waiting { upload: uploads.swap_remove(at), sound: Ok(()) }));
         }

@@ -55,25 +55,36 @@ impl Uploads {
         self.bucket.put_new(&key, upload.encode()).await.map(|_| ())
     }
 
-    /// The uploads of this name that still count, newest first.
+    /// The uploads of this name that still count, newest first, as far as the first that will do.
     ///
     /// # Errors
     /// `Corrupt` where there are some and none can be read.
-    pub(crate) async fn find(&self, cache: CacheId, name: &UploadName) -> Result<Vec<UploadDocument>, Error> {
-        self.younger(cache, name, LIFETIME_MS).await
+    pub(crate) async fn find(
+        &self,
+        cache: CacheId,
+        name: &UploadName,
+        will_do: impl Fn(&UploadDocument) -> bool,
+    ) -> Result<Vec<UploadDocument>, Error> {
+        self.younger(cache, name, LIFETIME_MS, will_do).await
     }
 
     /// Makes an upload that still counts do so for at least half its lifetime more: whoever is told that it is there
     /// relies on it.
     pub(crate) async fn renew(&self, cache: CacheId, name: &UploadName, upload: &UploadDocument) -> Result<(), Error> {
-        let young = match self.younger(cache, name, LIFETIME_MS / 2).await {
+        let young = match self.younger(cache, name, LIFETIME_MS / 2, |found| found == upload).await {
             Err(error) if error.kind() == ErrorKind::Corrupt => Vec::new(),
             young => young?,
         };
         if young.contains(upload) { Ok(()) } else { self.keep(cache, name, upload).await }
     }
 
-    async fn younger(&self, cache: CacheId, name: &UploadName, age_ms: u64) -> Result<Vec<UploadDocument>, Error> {
+    async fn younger(
+        &self,
+        cache: CacheId,
+        name: &UploadName,
+        age_ms: u64,
+        will_do: impl Fn(&UploadDocument) -> bool,
+    ) -> Result<Vec<UploadDocument>, Error> {
         let prefix = keys::uploads(&cache, &name.file_hash);
         let oldest_ms = self.mint.now_ms().saturating_sub(age_ms);
         let (mut read, mut damaged) = (Vec::new(), None);
@@ -81,7 +92,13 @@ impl Uploads {
         for object in listed.into_iter().rev().filter(|object| object.modified_ms >= oldest_ms).take(FOUND_MAX) {
             let Some(bytes) = found(self.bucket.get(&object.key).await)? else { continue };
             match decode_document(&object.key, &bytes) {
-                Ok(document) => read.push(document),
+                Ok(document) => {
+                    let done = will_do(&document);
+                    read.push(document);
+                    if done {
+                        break;
+                    }
+                }
                 // Another upload of the same bytes is as good.
                 Err(error) => {
                     tracing::error!(key = object.key, error = error.chain(), "upload left out");
