@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! <dir>/metadata/<2>/<BlobId>     a manifest header, a manifest part or a string table: its bytes
-//! <dir>/metadata/<2>/<hash part>  a path record: BLAKE3 of the text, then the text
+//! <dir>/metadata/<2>/<hash part>  a path record: its text
 //! ```
 //!
 //! The first two characters of a name make the directory. What is here was fetched before and can be fetched again, so
-//! nothing of it is believed, synced or missed: a blob is hashed when it is read, a record's signatures are verified, and
-//! what is damaged, cut short or signed by nobody trusted is removed and counts as not there. A file is written aside
+//! nothing of it is believed, synced or missed: a blob is hashed when it is read, a record's checksum and signatures are
+//! verified, and what is damaged, cut short or signed by nobody trusted is removed and counts as not there. A file is written aside
 //! and renamed. All files together are bounded in bytes; what was not used goes first.
 //!
 //! [`Records`] puts this before a source of records, [`Blobs`] before the fetch engine.
@@ -35,10 +35,7 @@ use crate::metrics::Metrics;
 use crate::trust::TrustedKeys;
 
 /// Largest file: a record of 1 MiB and any blob fit.
-const FILE_MAX: u64 = FRAME_RAW_MAX as u64 + CHECK_LEN as u64;
-
-/// Length of the checksum before a record. Signatures do not cover all of its lines.
-const CHECK_LEN: usize = 32;
+const FILE_MAX: u64 = FRAME_RAW_MAX as u64;
 
 /// What a file takes on disk at least, and a multiple of which it takes, in bytes.
 const BLOCK: u64 = 4096;
@@ -168,18 +165,14 @@ impl Metadata {
 
     /// Keeps a blob that the caller has verified.
     pub fn keep_blob(&self, id: &BlobId, bytes: &[u8]) {
-        self.write(Name::Blob(*id), &[bytes]);
+        self.write(Name::Blob(*id), bytes);
     }
 
     /// The record of the path with this hash part, if it is here and a trusted key signed it.
     #[must_use]
     pub fn record(&self, hash: &StorePathHash) -> Option<PathRecord> {
         let name = Name::Record(*hash);
-        let bytes = self.read(name)?;
-        let record = bytes.split_at_checked(CHECK_LEN).and_then(|(check, text)| {
-            let text = (blake3::hash(text).as_bytes() == check).then_some(text)?;
-            PathRecord::parse(self.keys.store_dir(), text).ok()
-        });
+        let record = PathRecord::parse(self.keys.store_dir(), &self.read(name)?).ok();
         // Signed by nobody trusted: the keys have changed, or whoever wrote it is not who fetched it.
         let record = record.filter(|record| {
             record.info().store_path.hash == *hash && self.keys.verify(PathRecord::clone(record)).is_ok()
@@ -199,8 +192,7 @@ impl Metadata {
     /// Keeps a record. It need not be verified: that is done when it is read.
     pub fn keep_record(&self, record: &PathRecord) {
         let text = record.to_text(self.keys.store_dir());
-        let check = blake3::hash(text.as_bytes());
-        self.write(Name::Record(record.info().store_path.hash), &[check.as_bytes(), text.as_bytes()]);
+        self.write(Name::Record(record.info().store_path.hash), text.as_bytes());
     }
 
     /// The server says that there is no such path any more.
@@ -228,15 +220,14 @@ impl Metadata {
         }
     }
 
-    fn write(&self, name: Name, parts: &[&[u8]]) {
-        let length = parts.iter().map(|part| part.len() as u64).sum::<u64>();
+    fn write(&self, name: Name, bytes: &[u8]) {
         let temporary = self.tmp.join(format!("metadata-{}", self.temporary.fetch_add(1, Ordering::Relaxed)));
-        match write_aside(&temporary, &name.path(&self.dir), parts) {
+        match write_aside(&temporary, &name.path(&self.dir), bytes) {
             Ok(()) => {
                 // Replaced, an entry counts as evicted, and its file would go. Should two write the same at once, it does,
                 // and is missed by the next reader.
                 self.files.remove(&name);
-                self.files.insert(name, Length(length));
+                self.files.insert(name, Length(bytes.len() as u64));
             }
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -261,12 +252,8 @@ impl Metadata {
     }
 }
 
-fn write_aside(temporary: &Path, to: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let mut file = File::options().write(true).create_new(true).open(temporary)?;
-    for part in parts {
-        file.write_all(part)?;
-    }
-    drop(file);
+fn write_aside(temporary: &Path, to: &Path, bytes: &[u8]) -> io::Result<()> {
+    File::options().write(true).create_new(true).open(temporary)?.write_all(bytes)?;
     match fs::rename(temporary, to) {
         // The first of its directory.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

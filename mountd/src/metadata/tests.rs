@@ -1,6 +1,5 @@
 use narlake_format::id::TableId;
 use narlake_format::lake::strings::StringTable;
-use narlake_format::nix::compression::Compression;
 use narlake_format::nix::hash::Sha256Hash;
 use narlake_format::nix::narinfo::NarInfo;
 use narlake_format::nix::signature::SecretKey;
@@ -8,6 +7,7 @@ use narlake_format::nix::store_path::{StoreDir, StorePath};
 use tempfile::TempDir;
 
 use super::*;
+use crate::trust::tests::info;
 
 struct World {
     dir: TempDir,
@@ -30,20 +30,7 @@ impl World {
     fn record(&self, name: &str, key: &SecretKey) -> PathRecord {
         let hash = StorePathHash::from_bytes(Sha256Hash::of(name.as_bytes()).as_bytes()[..20].try_into().unwrap());
         let path = StorePath { hash, name: name.parse().unwrap() };
-        let info = NarInfo {
-            store_path: path.clone(),
-            url: String::new(),
-            compression: Compression::None,
-            file_hash: None,
-            file_size: None,
-            nar_hash: Sha256Hash::of(b"nar"),
-            nar_size: 120,
-            references: Vec::new(),
-            deriver: Some(path),
-            signatures: Vec::new(),
-            ca: None,
-            extra: Vec::new(),
-        };
+        let info = NarInfo { deriver: Some(path.clone()), ..info(path, Vec::new()) };
         let manifest = narlake_format::id::ManifestId::of(b"manifest");
         let mut record = PathRecord::new(info, manifest, &StringTable::default());
         record.sign(&StoreDir::default(), key);
