@@ -9,10 +9,12 @@ use narlake_format::nix::signature::PublicKey;
 use narlake_format::nix::store_path::StoreDir;
 use narlake_storage::ErrorKind;
 use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::alive;
 use crate::cache::{Cache, CacheSettings};
 use crate::config::Config;
 use crate::control::{Control, Identity};
@@ -25,6 +27,7 @@ use crate::kernel::Kernel;
 use crate::metadata::{Blobs, Metadata, Records};
 use crate::metrics::Metrics;
 use crate::metrics_page;
+use crate::mounter::Mounter;
 use crate::nix_socket::{NixSocket, listen};
 use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
@@ -41,6 +44,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longest time of it for overlays; then the mount goes from below those that hang.
 const OVERLAYS_DOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The supervisor's name for the connection of the view that the configuration names.
+const DEFAULT_VIEW: &str = "view";
 
 /// Longest look at the directory that is to be mounted on.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -68,6 +74,7 @@ pub struct Sources {
 
 /// A daemon that serves its view.
 pub struct Daemon {
+    mounter: Mounter,
     serving: Serving,
     store: LazyStore,
     view: View,
@@ -94,10 +101,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     let mut signals = StopSignals::new().context("take over signals")?;
     let metrics = Metrics::new();
-    let sources = connect(&config, &metrics).await?;
-    let daemon = Daemon::start(&config, sources, &metrics).await?;
+    let mounter = mounter(&config).await?;
+    let sources = connect(&config, &mounter, &metrics).await?;
+    let daemon = Daemon::start(&config, mounter, sources, &metrics).await?;
     notify("READY=1").context("tell the service manager")?;
-    let mut ended = daemon.serving.ended();
+    let mut ended = daemon.ended();
     tokio::select! {
         signal = signals.next() => tracing::info!(signal, "stopping"),
         _ = ended.wait_for(|ended| *ended) => tracing::error!("the mount was taken away"),
@@ -109,9 +117,40 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
 }
 
+/// Who mounts: this process, or the supervisor that is configured.
+async fn mounter(config: &Config) -> anyhow::Result<Mounter> {
+    let Some(socket) = config.supervisor.clone() else { return Ok(Mounter::Alone) };
+    let takeover = config.takeover;
+    Ok(blocking(move || Mounter::supervised(&socket, takeover)).await??)
+}
+
+/// What a daemon leaves to the next one, so that it need not ask anybody before it serves.
+#[derive(Serialize, Deserialize)]
+struct Trust {
+    store_dir: String,
+    keys: Vec<String>,
+}
+
+/// The supervisor's name for it.
+const TRUST: &str = "trust";
+
+/// What the daemon before this one knew, if this one goes on with its mounts.
+async fn inherited(config: &Config, mounter: &Mounter) -> anyhow::Result<Option<(StoreDir, Vec<PublicKey>)>> {
+    if !mounter.is_resuming() || !mounter.kept().iter().any(|key| key == TRUST) {
+        return Ok(None);
+    }
+    let mounter = mounter.clone();
+    let (text, _) = blocking(move || mounter.take(TRUST)).await??;
+    let trust: Trust = serde_json::from_str(&text).context("read what the last daemon left")?;
+    let store_dir = trust.store_dir.parse().context("read the store directory that the last daemon left")?;
+    let keys: Result<Vec<PublicKey>, _> = trust.keys.iter().map(|key| key.parse()).collect();
+    let keys = keys.context("read the keys that the last daemon left")?;
+    Ok(Some((store_dir, if config.trusted_keys.is_empty() { keys } else { config.trusted_keys.clone() })))
+}
+
 /// Finds out what the server serves and whom to believe. A server that does not answer is no reason not to start,
 /// unless it is the one to say which key to trust.
-async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> {
+async fn connect(config: &Config, mounter: &Mounter, metrics: &Metrics) -> anyhow::Result<Sources> {
     let settings = RemoteSettings {
         server: config.server.clone(),
         token: config.token.clone(),
@@ -119,6 +158,10 @@ async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> 
     };
     let default_dir = StoreDir::default();
     let remote = Remote::new(settings, default_dir.clone(), metrics).context("start the HTTP client")?;
+    // Readers wait.
+    if let Some((store_dir, keys)) = inherited(config, mounter).await? {
+        return Ok(Sources::of(remote, store_dir, keys));
+    }
     let must_ask = config.trusted_keys.is_empty();
     if must_ask && !config.server_is_local() {
         bail!(
@@ -152,10 +195,20 @@ async fn connect(config: &Config, metrics: &Metrics) -> anyhow::Result<Sources> 
     if keys.is_empty() {
         bail!("the server has no signing key, so that nothing it sends can be checked");
     }
-    let key_names = names_of(&keys);
-    let remote = Arc::new(remote.with_store_dir(store_dir.clone()));
-    let (blobs, records): (Arc<dyn BlobSource>, Arc<dyn RecordSource>) = (remote.clone(), remote);
-    Ok(Sources { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names })
+    let trust = Trust { store_dir: store_dir.to_string(), keys: keys.iter().map(ToString::to_string).collect() };
+    let trust = serde_json::to_string(&trust)?;
+    let mounter = mounter.clone();
+    blocking(move || mounter.keep(TRUST, trust, &[])).await??;
+    Ok(Sources::of(remote, store_dir, keys))
+}
+
+impl Sources {
+    fn of(remote: Remote, store_dir: StoreDir, keys: Vec<PublicKey>) -> Self {
+        let key_names = names_of(&keys);
+        let remote = Arc::new(remote.with_store_dir(store_dir.clone()));
+        let (blobs, records): (Arc<dyn BlobSource>, Arc<dyn RecordSource>) = (remote.clone(), remote);
+        Self { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names }
+    }
 }
 
 /// The time limit of what works this many levels inside of something limited to `limit`. What is inside ends first, and
@@ -173,12 +226,12 @@ impl Daemon {
     ///
     /// # Errors
     /// Says which part does not start, and why. What was started is taken down again.
-    pub async fn start(config: &Config, sources: Sources, metrics: &Metrics) -> anyhow::Result<Self> {
+    pub async fn start(config: &Config, mounter: Mounter, sources: Sources, metrics: &Metrics) -> anyhow::Result<Self> {
         let Sources { blobs, records, keys, key_names } = sources;
         // It looks at what is mounted there, perhaps by a daemon that lives and does not answer.
         let prepared = blocking({
-            let mount = config.mount.clone();
-            move || mount::prepare(&mount)
+            let (mount, supervised) = (config.mount.clone(), mounter.outlives());
+            move || if supervised { mount::place(&mount) } else { mount::prepare(&mount) }
         });
         let Ok(mount) = tokio::time::timeout(PREPARE_TIMEOUT, prepared).await else {
             bail!("{} does not answer; is another daemon's mount on it?", config.mount.display());
@@ -205,7 +258,12 @@ impl Daemon {
             }
         })
         .await??;
-        let overlays = Arc::new(Overlays::new(own, metrics));
+        let overlays = Arc::new(Overlays::new(own, mounter.clone(), metrics));
+        blocking({
+            let overlays = Arc::clone(&overlays);
+            move || overlays.restore()
+        })
+        .await?;
         let fetch = FetchSettings {
             deadline: inside(config.deadline, 1),
             frame_cache_bytes: config.frame_bytes,
@@ -231,10 +289,15 @@ impl Daemon {
         }
         let serving = blocking({
             let shim = Shim::new(store.clone(), Handle::current(), metrics);
-            let mount = mount.clone();
-            move || Serving::start(&mount, shim)
+            let (mount, mounter) = (mount.clone(), mounter.clone());
+            move || Serving::start(mounter, DEFAULT_VIEW, &mount, shim)
         })
         .await??;
+        if mounter.is_resuming() {
+            // What the last daemon told the kernel does not exist is not known any more.
+            view.owes_refresh();
+        }
+        tasks.spawn(alive::beat(mounter.clone(), serving.dir().to_owned(), stop.clone()));
         tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
         let identity = Identity {
             mount: serving.dir().to_owned(),
@@ -256,10 +319,11 @@ impl Daemon {
         tasks.close();
         tracing::info!(mount = %serving.dir().display(), server = %config.server, "serving");
         let sockets = [config.nix_socket.clone(), config.control.clone()];
-        Ok(Self { serving, store, view, overlays, cache, fetcher, sockets, stop, tasks })
+        Ok(Self { mounter, serving, store, view, overlays, cache, fetcher, sockets, stop, tasks })
     }
 
-    /// Stops: no further requests, overlays and mount gone, the cache left in order.
+    /// Stops: no further requests, overlays and mount gone, the cache left in order. Under a supervisor the mounts stay,
+    /// and requests that are under way are left to the next daemon: the process must end without answering them.
     ///
     /// # Errors
     /// When the mount cannot be taken away.
@@ -272,6 +336,10 @@ impl Daemon {
             let _ = std::fs::remove_file(socket);
         }
         let (overlays, serving, cache) = (self.overlays, self.serving, self.cache);
+        if self.mounter.outlives() {
+            tracing::info!("leaving the mounts to the supervisor");
+            return blocking(move || cache.close()).await;
+        }
         if tokio::time::timeout(OVERLAYS_DOWN_TIMEOUT, blocking(move || overlays.down_all())).await.is_err() {
             tracing::warn!("an overlay does not let go, going on without it");
         }
@@ -282,6 +350,12 @@ impl Daemon {
         })
         .await??;
         Ok(())
+    }
+
+    /// Becomes true when the view's mount is taken away.
+    #[must_use]
+    pub fn ended(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.serving.ended()
     }
 
     /// The file system.

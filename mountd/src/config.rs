@@ -46,6 +46,13 @@ pub struct Settings {
     /// Directory to mount the view on
     #[arg(long, env = "NARLAKE_MOUNTD_MOUNT", value_name = "DIR", help_heading = "Places")]
     pub mount: Option<PathBuf>,
+    /// Socket of the `narlake-mounts` that makes and keeps the mounts; without it they end with this daemon
+    #[arg(long, env = "NARLAKE_MOUNTD_SUPERVISOR", value_name = "PATH", help_heading = "Places")]
+    pub supervisor: Option<PathBuf>,
+    /// Take the mounts over from the daemon that has them: it is told to stop, and readers wait for this one
+    #[arg(long, env = "NARLAKE_MOUNTD_TAKEOVER", help_heading = "Places")]
+    #[serde(default)]
+    pub takeover: bool,
     /// Directory for the cache, on a disk of this host
     #[arg(long, env = "NARLAKE_MOUNTD_CACHE_DIR", value_name = "DIR", help_heading = "Places")]
     pub cache_dir: Option<PathBuf>,
@@ -94,6 +101,10 @@ pub struct Config {
     pub on_outage: OnOutage,
     /// Where to mount.
     pub mount: PathBuf,
+    /// Who mounts, if not this daemon.
+    pub supervisor: Option<PathBuf>,
+    /// Whether to replace the daemon that has the mounts.
+    pub takeover: bool,
     /// The cache directory.
     pub cache_dir: PathBuf,
     /// The Nix socket.
@@ -180,6 +191,8 @@ impl Settings {
             fetch_deadline_s: self.fetch_deadline_s.or(under.fetch_deadline_s),
             on_outage: self.on_outage.or(under.on_outage),
             mount: self.mount.or(under.mount),
+            supervisor: self.supervisor.or(under.supervisor),
+            takeover: self.takeover || under.takeover,
             cache_dir: self.cache_dir.or(under.cache_dir),
             nix_socket: self.nix_socket.or(under.nix_socket),
             control: self.control.or(under.control),
@@ -232,6 +245,8 @@ impl Settings {
             deadline: Duration::from_secs(deadline_s),
             on_outage: self.on_outage.unwrap_or_default(),
             mount: absolute(self.mount, "--mount")?,
+            supervisor: self.supervisor.map(|path| absolute(Some(path), "--supervisor")).transpose()?,
+            takeover: self.takeover,
             cache_dir: absolute(self.cache_dir, "--cache-dir")?,
             nix_socket: absolute(self.nix_socket, "--nix-socket")?,
             control: absolute(self.control, "--control")?,

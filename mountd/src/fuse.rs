@@ -11,7 +11,10 @@
 //! up by itself as soon as it is in the lake. (An overlay above keeps them all the same, see `overlay`.) That is also
 //! why nothing here calls `inval_entry`: it would wait, with the root locked, for the slowest look-up under way.
 
+pub(crate) mod init;
 pub mod mount;
+pub mod resent;
+pub(crate) mod resume;
 pub mod session;
 
 use std::ffi::OsStr;
@@ -20,13 +23,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    AccessFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request,
 };
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use self::resent::{Resent, Turn};
 use crate::fs::attr::{Attr, Kind, MTIME_S};
 use crate::fs::error::FsError;
 use crate::fs::nodes::NodeId;
@@ -36,24 +40,11 @@ use crate::metrics::Metrics;
 /// For ever: store objects do not change. 136 years, since the kernel adds it to a clock.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
 
-/// Reads that the kernel may have under way ahead of readers.
-const BACKGROUND_MAX: u16 = 64;
-
-/// What the kernel is asked for. All but the last two save messages.
-const CAPABILITIES: &[(InitFlags, &str)] = &[
-    (InitFlags::FUSE_NO_OPEN_SUPPORT, "open without a message"),
-    (InitFlags::FUSE_NO_OPENDIR_SUPPORT, "opendir without a message"),
-    (InitFlags::FUSE_DO_READDIRPLUS, "listings with attributes"),
-    (InitFlags::FUSE_CACHE_SYMLINKS, "cached symlinks"),
-    (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages that stay"),
-    (InitFlags::FUSE_ASYNC_READ, "reads side by side"),
-    (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups side by side"),
-];
-
 /// A [`LazyStore`] as fuser wants it.
 pub struct Shim {
     store: LazyStore,
     runtime: Handle,
+    resent: Resent,
     metrics: Metrics,
 }
 
@@ -61,7 +52,32 @@ impl Shim {
     /// Serves this store; work is done on this runtime.
     #[must_use]
     pub fn new(store: LazyStore, runtime: Handle, metrics: &Metrics) -> Self {
-        Self { store, runtime, metrics: metrics.clone() }
+        Self { store, runtime, resent: Resent::default(), metrics: metrics.clone() }
+    }
+
+    /// Where requests are noted that come again.
+    pub(super) fn set_resent(&mut self, resent: Resent) {
+        self.resent = resent;
+    }
+
+    /// Whether a request may be worked on. One that two daemons have died with may not.
+    fn may(&self, operation: &'static str, request: &Request, node: INodeNo) -> bool {
+        let unique = request.unique().0;
+        let turn = self.resent.turn(unique);
+        if turn != Turn::First {
+            self.metrics.fuse_resent.inc();
+        }
+        if turn == Turn::Poison {
+            self.metrics.fuse_poison.inc();
+            let node = format_args!("{:#x}", node.0);
+            tracing::error!(
+                op = operation,
+                node,
+                unique,
+                "daemons have died with this request, answered with an error"
+            );
+        }
+        turn != Turn::Poison
     }
 
     /// Counts a message that is answered at once.
@@ -88,20 +104,16 @@ impl Shim {
 }
 
 impl Filesystem for Shim {
-    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        tracing::info!(offered = ?config.capabilities(), "the kernel's FUSE");
-        for (flag, what) in CAPABILITIES {
-            if config.add_capabilities(*flag).is_err() {
-                tracing::warn!(capability = what, "this kernel lacks a capability; everything works, slower");
-            }
-        }
-        // Bounds far below the type's own: neither can be refused.
-        let _ = config.set_max_background(BACKGROUND_MAX);
+    fn init(&mut self, _request: &Request, _config: &mut KernelConfig) -> io::Result<()> {
+        // Agreed on already (`init`): what fuser answers to the kept message is thrown away.
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
+        if !self.may("lookup", request, parent) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("lookup", move |store| async move {
             match store.lookup(NodeId(parent.0), &name).await {
                 Ok(Found::Entry(attr)) => reply.entry(&FOREVER, &file_attr(&attr), Generation(0)),
@@ -115,7 +127,10 @@ impl Filesystem for Shim {
         });
     }
 
-    fn getattr(&self, _request: &Request, node: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, node: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        if !self.may("getattr", request, node) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("getattr", move |store| async move {
             match store.getattr(NodeId(node.0)).await {
                 Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
@@ -124,7 +139,10 @@ impl Filesystem for Shim {
         });
     }
 
-    fn readlink(&self, _request: &Request, node: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        if !self.may("readlink", request, node) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("readlink", move |store| async move {
             match store.readlink(NodeId(node.0)).await {
                 Ok(target) => reply.data(&target),
@@ -135,7 +153,7 @@ impl Filesystem for Shim {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         node: INodeNo,
         _handle: FileHandle,
         offset: u64,
@@ -144,6 +162,9 @@ impl Filesystem for Shim {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        if !self.may("read", request, node) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("read", move |store| async move {
             match store.read(NodeId(node.0), offset, size).await {
                 Ok(bytes) => reply.data(&bytes),
@@ -152,7 +173,10 @@ impl Filesystem for Shim {
         });
     }
 
-    fn readdir(&self, _request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, request: &Request, node: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        if !self.may("readdir", request, node) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("readdir", move |store| async move {
             match store.list(NodeId(node.0)).await {
                 Ok(listing) => {
@@ -171,12 +195,15 @@ impl Filesystem for Shim {
 
     fn readdirplus(
         &self,
-        _request: &Request,
+        request: &Request,
         node: INodeNo,
         _handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        if !self.may("readdirplus", request, node) {
+            return reply.error(Errno::EIO);
+        }
         self.spawn("readdirplus", move |store| async move {
             match store.list(NodeId(node.0)).await {
                 Ok(listing) => {

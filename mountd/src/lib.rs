@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`app`] | the daemon, its parts in start order |
+//! | [`alive`] | that it is alive, for whoever would kill it |
 //! | [`cli`], [`config`] | what it is told |
 //! | [`kernel`] | whether the kernel is new enough |
 //! | [`fuse`] | the kernel's side: mount, messages, unmount |
@@ -12,6 +13,7 @@
 //! | [`cache`], [`metadata`] | file content, and what describes it, on the local disk |
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
 //! | [`overlay`], [`mountinfo`], [`mount_error`] | overlays over the mount, and mounts in general |
+//! | [`mounter`], [`supervisor`] | who mounts; the process that keeps mounts when a daemon dies |
 //! | [`nix_socket`] | what Nix asks its lower store |
 //! | [`control`] | what the `narlake` command asks |
 //! | [`metrics`], [`metrics_page`] | what it counts |
@@ -19,6 +21,7 @@
 //! A lazy read goes through [`fuse`], [`fs`], [`reader`], then [`cache`] or [`remote`]. Only [`fuse`] names fuser, and
 //! nothing below it knows the kernel.
 
+pub mod alive;
 pub mod app;
 pub mod cache;
 pub mod cli;
@@ -33,6 +36,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod metrics_page;
 pub mod mount_error;
+pub mod mounter;
 pub mod mountinfo;
 pub mod nix_socket;
 pub mod notify;
@@ -40,5 +44,6 @@ pub mod overlay;
 pub mod reader;
 pub mod remote;
 pub mod shutdown;
+pub mod supervisor;
 pub mod trust;
 pub mod view;

@@ -25,8 +25,9 @@ fn run() -> anyhow::Result<()> {
     start_log(&log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(app::run(config));
-    // Work that waits for a disk or a kernel that does not answer must not keep the process.
-    runtime.shutdown_background();
+    // Work that waits for a disk or a kernel that does not answer must not keep the process; nor may a request that is under
+    // way be answered with an error because its task is dropped: under a supervisor the next daemon answers it.
+    std::mem::forget(runtime);
     done
 }
 

@@ -36,6 +36,10 @@ pub struct Metrics {
     pub fuse_requests: IntCounterVec,
     /// Operations that ended in an error other than "no such entry", by operation.
     pub fuse_errors: IntCounterVec,
+    /// Messages that came again because a daemon had died with them.
+    pub fuse_resent: IntCounter,
+    /// Those of them that two daemons had died with, answered with an error.
+    pub fuse_poison: IntCounter,
     /// Time from an operation's arrival to its answer, by operation.
     pub fuse_seconds: HistogramVec,
     /// Operations that ran into their deadline.
@@ -107,6 +111,16 @@ impl Metrics {
                 "narlake_mountd_fuse_errors_total",
                 "Operations that ended in an error other than no such entry, by operation",
                 &["op"],
+            ),
+            fuse_resent: counter(
+                &registry,
+                "narlake_mountd_fuse_resent_total",
+                "Messages that came again because a daemon had died with them",
+            ),
+            fuse_poison: counter(
+                &registry,
+                "narlake_mountd_fuse_poison_total",
+                "Messages that two daemons had died with, answered with an error",
             ),
             fuse_seconds: register(
                 &registry,

@@ -12,6 +12,8 @@ use rustix::io::Errno;
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountInfo {
+    /// Its file system's device, as `<major>:<minor>`.
+    pub device: String,
     /// Where it is.
     pub mount_point: PathBuf,
     /// The kind of file system, with its subtype: `overlay`, `fuse.narlake`.
@@ -71,11 +73,13 @@ pub(crate) fn parse(text: &[u8]) -> Vec<MountInfo> {
 /// `36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw,errors=continue`
 fn parse_line(line: &[u8]) -> Option<MountInfo> {
     let mut words = line.split(|byte| *byte == b' ');
-    let mount_point = words.nth(4)?;
+    let device = words.nth(2)?;
+    let mount_point = words.nth(1)?;
     // Optional fields end with a hyphen.
     words.find(|word| *word == b"-")?;
     let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
     Some(MountInfo {
+        device: text(device),
         mount_point: PathBuf::from(OsString::from_vec(unescape(mount_point))),
         fs_type: text(words.next()?),
         source: text(words.next()?),
@@ -116,6 +120,7 @@ mod tests {
         let mounts = parse(text);
         assert_eq!(mounts.len(), 3);
         assert_eq!(mounts[1].mount_point, Path::new("/a b"));
+        assert_eq!(mounts[1].device, "0:41");
         assert_eq!(mounts[1].fs_type, "fuse.narlake");
         assert_eq!(mounts[2].option("lowerdir"), Some("/a b".into()));
         assert_eq!(mounts[2].option("upperdir"), Some("/u".into()));

@@ -19,6 +19,7 @@ mod care;
 mod checks;
 mod gate;
 mod handed;
+pub(crate) mod hands;
 mod kernel;
 
 use std::collections::BTreeMap;
@@ -30,13 +31,16 @@ use std::time::Duration;
 use futures::future::join_all;
 use narlake_format::api::control::OverlayInfo;
 use narlake_format::error::chain;
+use serde::{Deserialize, Serialize};
 
 use self::care::{LOOKS_MAX, Overlay};
 use self::gate::{Gate, Limit};
 pub use self::handed::{HANDED, Handed};
+use self::hands::{Down, Mounted};
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
-use crate::mountinfo::{self, MountInfo};
+use crate::mounter::Mounter;
+use crate::mountinfo;
 
 /// Overlays in care at once.
 const OVERLAYS_MAX: usize = 64;
@@ -48,7 +52,7 @@ const _: () = assert!(OVERLAYS_MAX * (LOOKS_MAX + 1) < 384, "threads are left");
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the daemon itself needs, and must not hide under its own mounts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Own {
     /// The mount of the view: the lower of every overlay.
     pub lower: PathBuf,
@@ -71,6 +75,31 @@ enum Place {
     Elsewhere(u64),
 }
 
+/// What the supervisor keeps of an overlay, beside its descriptors.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    info: OverlayInfo,
+    device: Option<u64>,
+}
+
+/// How the supervisor's keys of overlays begin.
+const KEY: &str = "overlay ";
+
+impl Place {
+    fn key(&self) -> String {
+        match self {
+            Self::Here(path) => format!("{KEY}{}", path.display()),
+            Self::Elsewhere(device) => format!("{KEY}{device:#x}"),
+        }
+    }
+
+    fn kept(&self, info: &OverlayInfo) -> Result<String, MountError> {
+        let device = if let Self::Elsewhere(device) = self { Some(*device) } else { None };
+        let kept = serde_json::to_string(&Kept { info: info.clone(), device });
+        kept.map_err(|error| MountError::kernel("describe", &info.merged)(error.into()))
+    }
+}
+
 /// The overlays in care.
 pub struct Overlays {
     own: Own,
@@ -78,14 +107,15 @@ pub struct Overlays {
     table: Mutex<BTreeMap<Place, Arc<Overlay>>>,
     // Mounting and unmounting take turns.
     changes: Gate,
+    mounter: Mounter,
     metrics: Metrics,
 }
 
 impl Overlays {
     /// No overlays yet, over this daemon's mount.
     #[must_use]
-    pub fn new(own: Own, metrics: &Metrics) -> Self {
-        Self { own, table: Mutex::default(), changes: Gate::new(1), metrics: metrics.clone() }
+    pub fn new(own: Own, mounter: Mounter, metrics: &Metrics) -> Self {
+        Self { own, table: Mutex::default(), changes: Gate::new(1), mounter, metrics: metrics.clone() }
     }
 
     /// The overlays, in order of where they are mounted.
@@ -106,24 +136,11 @@ impl Overlays {
     ) -> Result<OverlayInfo, MountError> {
         let (this, at) = (Arc::clone(self), merged.clone());
         self.change("mount an overlay on", &at, move || {
-            let plan = checks::plan(&this.own, &upper, &work, &merged)?;
-            match mountinfo::mount_on(&plan.merged).map_err(MountError::kernel("find mounts on", &plan.merged))? {
-                Some(mount) if this.is_orphan(&mount) => {
-                    tracing::warn!(merged = %plan.merged.display(), "detached the overlay of a daemon that is gone");
-                    kernel::unmount(&plan.merged, true).map_err(MountError::kernel("detach", &plan.merged))?;
-                }
-                Some(mount) if mount.fs_type == "overlay" => {
-                    let reason = "an overlay is mounted here already; adopt it, or unmount it first";
-                    return Err(MountError::refused(&plan.merged, reason));
-                }
-                _ => {}
-            }
-            kernel::mount(&this.own.lower, &plan).map_err(|source| {
-                // Three file systems on top of each other are one too many for the kernel.
-                let operation = "mount an overlay (see the kernel's log; the upper may not lie on an overlay) on";
-                MountError::Kernel { operation, path: plan.merged.clone(), source }
-            })?;
-            this.take(&plan.merged, plan.upper, Some(plan.work), false)
+            let mounted = this.mounter.overlay_up(&this.own, &upper, &work, &merged)?;
+            let place = mounted.merged.clone();
+            this.take(mounted, false).inspect_err(|_| {
+                let _ = this.mounter.overlay_down(&this.own, &place, true);
+            })
         })
         .await
     }
@@ -141,17 +158,14 @@ impl Overlays {
             {
                 return this.adopt_from_elsewhere(&merged, handed);
             }
-            let merged = checks::canonical(&merged)?;
-            let mount = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
-            let upper = this.upper_of(&merged, mount.as_ref(), &merged)?;
-            this.take(&merged, upper, mount.and_then(|mount| mount.option("workdir")), true)
+            this.take(this.mounter.overlay_adopt(&this.own, &merged)?, true)
         })
         .await
     }
 
     fn adopt_from_elsewhere(&self, merged: &Path, handed: Handed) -> Result<OverlayInfo, MountError> {
         let mount = handed.mount_on(merged)?;
-        let upper = self.upper_of(merged, mount.as_ref(), &handed.path())?;
+        let upper = hands::upper_of(&self.own, merged, mount.as_ref(), &handed.path())?;
         let device = handed.device().map_err(MountError::kernel("look at", merged))?;
         let opened = handed.open(&upper).map_err(MountError::kernel("open the upper directory of", merged))?;
         let info = self.describe(merged, upper, mount.and_then(|mount| mount.option("workdir")), true);
@@ -164,19 +178,8 @@ impl Overlays {
         let mount = mountinfo::mount_on(merged).map_err(MountError::kernel("find mounts on", merged))?;
         let device = handed.device().map_err(MountError::kernel("look at", merged))?;
         // Only what is ours is looked at: nothing else says when it answers.
-        Ok(mount.is_some_and(|mount| self.is_ours(&mount))
+        Ok(mount.is_some_and(|mount| hands::is_ours(&self.own, &mount))
             && std::fs::metadata(merged).is_ok_and(|metadata| metadata.dev() == device))
-    }
-
-    /// The upper directory of what is mounted, if it is an overlay that can be adopted. It is reached by `at`.
-    fn upper_of(&self, merged: &Path, mount: Option<&MountInfo>, at: &Path) -> Result<PathBuf, MountError> {
-        let mount = mount.filter(|mount| self.is_ours(mount));
-        let mount = mount.ok_or_else(|| MountError::Unknown { path: merged.to_owned() })?;
-        if mountinfo::is_dead(at) {
-            let reason = "this overlay lies over the mount of a daemon that is gone; unmount it, and mount it anew";
-            return Err(MountError::refused(merged, reason));
-        }
-        mount.option("upperdir").ok_or_else(|| MountError::refused(merged, "a read-only overlay needs no care"))
     }
 
     /// Unmounts an overlay, also one of a daemon that is gone; or lets go of one that was handed over, which is for
@@ -189,8 +192,7 @@ impl Overlays {
         self.change("unmount", &at, move || {
             if let Some(handed) = handed {
                 let device = handed.device().map_err(MountError::kernel("look at", &merged))?;
-                if this.table().remove(&Place::Elsewhere(device)).is_some() {
-                    this.show_count();
+                if this.leave(&Place::Elsewhere(device)) {
                     return Ok(());
                 }
             }
@@ -211,44 +213,15 @@ impl Overlays {
     }
 
     fn down_blocking(&self, merged: &Path, lazy: bool) -> Result<(), MountError> {
-        let merged = checks::canonical(merged)?;
-        let mount = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
-        if !mount.as_ref().is_some_and(|mount| self.is_ours(mount)) {
-            return self.down_elsewhere(merged, mount.as_ref());
-        }
-        let known = self.table().remove(&Place::Here(merged.clone()));
-        match kernel::unmount(&merged, lazy) {
-            Ok(()) => {
-                self.show_count();
-                Ok(())
-            }
-            Err(error) => {
-                // Still there: still in care.
-                if let Some(overlay) = known {
-                    self.table().insert(Place::Here(merged.clone()), overlay);
-                }
-                if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) {
-                    Err(MountError::Busy { path: merged })
-                } else {
-                    Err(MountError::kernel("unmount", &merged)(error))
-                }
-            }
-        }
-    }
-
-    /// Takes down an overlay that is not what is seen where it was mounted.
-    fn down_elsewhere(&self, merged: PathBuf, mount: Option<&MountInfo>) -> Result<(), MountError> {
-        match mount {
-            _ if !self.table().contains_key(&Place::Here(merged.clone())) => Err(MountError::Unknown { path: merged }),
-            // Somebody has unmounted it already.
-            None => {
-                self.table().remove(&Place::Here(merged));
-                self.show_count();
-                Ok(())
-            }
-            Some(mount) => {
+        let Down { merged, unmounted, found } = self.mounter.overlay_down(&self.own, merged, lazy)?;
+        let place = Place::Here(merged.clone());
+        match found {
+            // Also where somebody else has unmounted it already.
+            None => (self.leave(&place) || unmounted).then_some(()).ok_or(MountError::Unknown { path: merged }),
+            Some(_) if !self.table().contains_key(&place) => Err(MountError::Unknown { path: merged }),
+            Some(kind) => {
                 let reason =
-                    format!("a mount of type {} that is not the overlay is on it; unmount that first", mount.fs_type);
+                    format!("it is not the overlay that is mounted on it any more, but a mount of type {kind}");
                 Err(MountError::Refused { path: merged, reason })
             }
         }
@@ -303,42 +276,66 @@ impl Overlays {
     }
 
     /// Takes an overlay into care that is seen from here.
-    fn take(
-        &self,
-        merged: &Path,
-        upper: PathBuf,
-        work: Option<PathBuf>,
-        adopted: bool,
-    ) -> Result<OverlayInfo, MountError> {
-        let opened = (|| Ok((kernel::clone_tree(merged)?, kernel::open_upper(&upper)?)))();
-        let opened = opened.map_err(MountError::kernel("clone the mount, and open its upper directory, of", merged));
-        let info = self.describe(merged, upper, work, adopted);
-        let entered = opened.and_then(|opened| self.enter(Place::Here(merged.to_owned()), info, opened));
-        entered.inspect_err(|_| {
-            if !adopted {
-                let _ = kernel::unmount(merged, true);
-            }
-        })
+    fn take(&self, mounted: Mounted, adopted: bool) -> Result<OverlayInfo, MountError> {
+        let Mounted { merged, upper, work, tree, upper_dir } = mounted;
+        let info = self.describe(&merged, upper, work, adopted);
+        self.enter(Place::Here(merged), info, (tree, upper_dir))
     }
 
     /// Enters an overlay in the table, and refreshes it.
     fn enter(&self, place: Place, info: OverlayInfo, opened: (OwnedFd, OwnedFd)) -> Result<OverlayInfo, MountError> {
-        let overlay = Arc::new(Overlay::new(info.clone(), opened, &self.metrics));
-        {
-            let mut table = self.table();
-            if table.len() >= OVERLAYS_MAX && !table.contains_key(&place) {
-                return Err(MountError::refused(&info.merged, format!("{OVERLAYS_MAX} overlays are in care already")));
-            }
-            table.insert(place, Arc::clone(&overlay));
+        let overlay = Arc::new(Overlay::new(info, opened, &self.metrics));
+        let info = &overlay.info;
+        if self.table().len() >= OVERLAYS_MAX && !self.table().contains_key(&place) {
+            return Err(MountError::refused(&info.merged, format!("{OVERLAYS_MAX} overlays are in care already")));
         }
+        // Whoever mounts outlives this daemon: the next one is to find it.
+        self.mounter.keep(&place.key(), place.kept(info)?, &overlay.descriptors())?;
+        let key = place.key();
+        self.table().insert(place, Arc::clone(&overlay));
         // A path may have been called valid while nobody looked through this overlay, which may have been told before
         // that it does not exist. From the table on it is looked through; what it believes of the time before goes.
         let refreshed = overlay.refresh_now();
         if refreshed.is_err() {
             self.table().retain(|_, other| !Arc::ptr_eq(other, &overlay));
+            self.let_go(&key);
         }
         self.show_count();
-        refreshed.map(|()| info)
+        refreshed.map(|()| info.clone())
+    }
+
+    /// Takes the overlays into care that were in a daemon's before this one. Blocks.
+    pub fn restore(&self) {
+        for key in self.mounter.kept().iter().filter(|key| key.starts_with(KEY)) {
+            let restored = self.mounter.take(key).and_then(|(text, descriptors)| {
+                let odd = || MountError::refused(Path::new(key), "what is kept of this overlay cannot be read");
+                let Kept { info, device } = serde_json::from_str(&text).map_err(|_| odd())?;
+                let opened = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| odd())?.into();
+                let place = device.map_or_else(|| Place::Here(info.merged.clone()), Place::Elsewhere);
+                self.enter(place, info, opened)
+            });
+            match restored {
+                Ok(info) => tracing::info!(merged = %info.merged.display(), "overlay in care again"),
+                Err(error) => tracing::error!(overlay = key, error = chain(&error), "take the overlay into care again"),
+            }
+        }
+    }
+
+    /// Takes an overlay out of care. False if it was not in.
+    fn leave(&self, place: &Place) -> bool {
+        let known = self.table().remove(place).is_some();
+        if known {
+            self.let_go(&place.key());
+            self.show_count();
+        }
+        known
+    }
+
+    /// The daemon after this one is not to find it.
+    fn let_go(&self, key: &str) {
+        if let Err(error) = self.mounter.forget(key) {
+            tracing::warn!(overlay = key, error = chain(&error), "have the supervisor forget an overlay");
+        }
     }
 
     fn describe(&self, merged: &Path, upper: PathBuf, work: Option<PathBuf>, adopted: bool) -> OverlayInfo {
@@ -358,17 +355,6 @@ impl Overlays {
             None => format!("real={}&", merged.display()),
         };
         format!("local-overlay://?{place}upper-layer={}&lower-store={lower}", upper.display())
-    }
-
-    /// Whether a mount is an overlay over this daemon's mount point.
-    fn is_ours(&self, mount: &MountInfo) -> bool {
-        mount.fs_type == "overlay" && mount.option("lowerdir").is_some_and(|lower| lower == self.own.lower)
-    }
-
-    /// Whether a mount is what a daemon before this one left behind.
-    fn is_orphan(&self, mount: &MountInfo) -> bool {
-        let in_care = self.table().contains_key(&Place::Here(mount.mount_point.clone()));
-        !in_care && self.is_ours(mount) && mountinfo::is_dead(&mount.mount_point)
     }
 
     fn all(&self) -> Vec<Arc<Overlay>> {

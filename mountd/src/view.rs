@@ -253,6 +253,12 @@ impl View {
         found
     }
 
+    /// Says that the kernel may have been told of any name that it does not exist: by a daemon before this one.
+    pub fn owes_refresh(&self) {
+        self.inner.negative.drop_all();
+        self.pay();
+    }
+
     /// Sees to the refresh that is owed since NEG was full: again if that happens again, or if an overlay cannot be
     /// refreshed. Meanwhile paths cost a look through the overlays, and nothing is wrong.
     fn pay(&self) {

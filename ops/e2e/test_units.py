@@ -47,7 +47,16 @@ def the_server_is_fenced_in(rig):
 
 @test()
 def mounts_reach_the_host(rig):
-    """The daemon that mounts has no setting that would keep its mounts to itself."""
-    found = dict(settings(OPS / "systemd/narlake-mountd.service"))
-    equal([name for name in NAMESPACES if name in found], [], "settings with a mount namespace")
-    equal((found["OOMPolicy"], found["KillMode"], found["Restart"]), ("continue", "mixed", "always"), "how it ends")
+    """What mounts has no setting that would keep its mounts to itself; what parses the network's bytes has."""
+    mounts = dict(settings(OPS / "systemd/narlake-mounts.service"))
+    equal([name for name in NAMESPACES if name in mounts], [], "settings with a mount namespace")
+    equal((mounts["OOMPolicy"], mounts["OOMScoreAdjust"], mounts["KillMode"]), ("continue", "-1000", "process"), "how it ends")
+    mountd = dict(settings(OPS / "systemd/narlake-mountd.service"))
+    equal((mountd["OOMPolicy"], mountd["KillMode"], mountd["Restart"]), ("continue", "mixed", "always"), "how it ends")
+    equal((mountd["ProtectSystem"], mountd["BindsTo"]), ("strict", "narlake-mounts.service"), "what it relies on")
+    equal(mounts["ExecStart"].split()[-1], mountd_socket(), "where they meet")
+
+
+def mountd_socket():
+    text = (OPS / "systemd/narlake-mountd.service").read_text()
+    return re.search(r"NARLAKE_MOUNTD_SUPERVISOR=(\S+)", text)[1]

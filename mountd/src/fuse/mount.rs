@@ -7,12 +7,12 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount2, unmount as unmount2};
 
+use super::init::Agreement;
 use crate::mount_error::MountError;
 use crate::mountinfo;
 
@@ -24,22 +24,17 @@ const FS_TYPE: &str = "fuse.narlake";
 pub struct Mount {
     dir: PathBuf,
     /// The device number that the kernel gave it. No other mount has it as long as this one lives.
-    device: Option<u64>,
+    device: Option<String>,
 }
 
-/// Makes the directory if need be, and says how the kernel spells it. What a daemon that was killed left mounted there
-/// is detached.
+/// How the kernel spells a directory that is to be mounted on. Looks at its parent only, which is made if need be: a mount
+/// whose daemon is gone cannot be looked at.
 ///
 /// # Errors
-/// When the directory cannot be used.
-pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
-    let odd = |path: &Path| {
-        // Nix compares it as text.
-        MountError::refused(path, "must be an absolute path without symlinks, commas, colons or blanks")
-    };
+/// When the path is none that can be mounted on.
+pub fn place(dir: &Path) -> Result<PathBuf, MountError> {
     let parent = dir.parent().filter(|_| dir.is_absolute()).ok_or_else(|| odd(dir))?;
     std::fs::create_dir_all(parent).map_err(MountError::kernel("make", parent))?;
-    // Up to the parent: a mount whose daemon is gone cannot be looked at.
     let parent = std::fs::canonicalize(parent).map_err(MountError::kernel("resolve", parent))?;
     let dir = match dir.file_name() {
         Some(name) => parent.join(name),
@@ -48,6 +43,20 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
     if dir.to_str().is_none_or(|text| text.contains([',', ':', '\\', ' ', '\n'])) {
         return Err(odd(&dir));
     }
+    Ok(dir)
+}
+
+fn odd(path: &Path) -> MountError {
+    // Nix compares it as text.
+    MountError::refused(path, "must be an absolute path without symlinks, commas, colons or blanks")
+}
+
+/// The same, and makes it ready: it is made if need be, and what a daemon that was killed left mounted there is detached.
+///
+/// # Errors
+/// When the directory cannot be used.
+pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
+    let dir = place(dir)?;
     while let Some(mount) = mountinfo::mount_on(&dir).map_err(MountError::kernel("find mounts on", &dir))? {
         let is_dead = mount.fs_type == FS_TYPE && mountinfo::is_dead(&dir);
         if !is_dead {
@@ -71,12 +80,12 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
 }
 
 impl Mount {
-    /// Mounts on this directory, which [`prepare`] returned. The other half is the device, from which the session
-    /// takes its messages; nothing may touch the mount before it does.
+    /// Mounts on this directory, which [`prepare`] returned, and agrees with the kernel. With it come the device, from
+    /// which a session takes its messages, and what was agreed on. Whoever looks into the mount waits for the session.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn new(dir: &Path) -> Result<(Self, OwnedFd), MountError> {
+    pub fn new(dir: &Path) -> Result<(Self, OwnedFd, Agreement), MountError> {
         let device = Path::new("/dev/fuse");
         let file = File::options().read(true).write(true).open(device).map_err(MountError::kernel("open", device))?;
         let options =
@@ -85,17 +94,14 @@ impl Mount {
         let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
         mount2("narlake", dir, FS_TYPE, flags, options.as_c_str())
             .map_err(|error| MountError::kernel("mount on", dir)(error.into()))?;
-        Ok((Self { dir: dir.to_owned(), device: None }, file.into()))
-    }
-
-    /// Looks at the mount, once a session answers for it, so that it is known again. Blocks until the session does.
-    ///
-    /// # Errors
-    /// When the session does not answer.
-    pub fn identify(&mut self) -> Result<(), MountError> {
-        let metadata = std::fs::metadata(&self.dir).map_err(MountError::kernel("look at", &self.dir))?;
-        self.device = Some(metadata.dev());
-        Ok(())
+        let this = Self { dir: dir.to_owned(), device: device_of(dir)? };
+        match Agreement::make(&file) {
+            Ok(agreement) => Ok((this, file.into(), agreement)),
+            Err(error) => {
+                let _ = this.unmount();
+                Err(MountError::kernel("agree with the kernel on", dir)(error))
+            }
+        }
     }
 
     /// Where it is.
@@ -110,8 +116,8 @@ impl Mount {
     /// # Errors
     /// When the kernel refuses.
     pub fn unmount(&self) -> Result<bool, MountError> {
-        let found = std::fs::metadata(&self.dir).ok().map(|metadata| metadata.dev());
-        if self.device.is_some() && found.is_some() && found != self.device {
+        let found = device_of(&self.dir)?;
+        if found.is_some() && found != self.device {
             tracing::warn!(mount = %self.dir.display(), "something else is mounted here by now, left alone");
             return Ok(false);
         }
@@ -126,4 +132,10 @@ impl Mount {
             Err(error) => Err(failed(error)),
         }
     }
+}
+
+/// The device of what is mounted on a directory, as the kernel tells it without asking the file system.
+fn device_of(dir: &Path) -> Result<Option<String>, MountError> {
+    let mount = mountinfo::mount_on(dir).map_err(MountError::kernel("find mounts on", dir))?;
+    Ok(mount.map(|mount| mount.device))
 }

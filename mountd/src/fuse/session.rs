@@ -1,16 +1,17 @@
 //! A mount with a session that answers for it.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, SessionACL};
 use tokio::sync::watch;
 
-use super::Shim;
-use super::mount::{Mount, prepare};
+use super::mount::Mount;
+use super::{Shim, resume};
 use crate::mount_error::MountError;
+use crate::mounter::{Connection, Mounter};
 
 /// Threads that read messages. They only hand them on.
 const THREADS: usize = 2;
@@ -20,39 +21,41 @@ const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A mount that is being served.
 pub struct Serving {
-    mount: Mount,
+    mounter: Mounter,
+    name: String,
+    dir: PathBuf,
+    mount: Option<Mount>,
     ended: watch::Receiver<bool>,
     /// Closed when the session has ended.
     session: mpsc::Receiver<()>,
 }
 
 impl Serving {
-    /// Mounts the store on a directory and serves it from threads of its own. Blocks.
+    /// Mounts the store on a directory, or goes on with the mount of an earlier daemon, and serves it from threads of its
+    /// own. Blocks.
     ///
     /// # Errors
     /// When the directory cannot be used, or the kernel refuses.
-    pub fn start(dir: &Path, shim: Shim) -> Result<Self, MountError> {
-        let dir = prepare(dir)?;
-        let (mut mount, device) = Mount::new(&dir)?;
-        let served = serve(&dir, shim, device);
-        let (ended, session) = match served {
-            Ok(served) => served,
-            Err(error) => {
-                let _ = mount.unmount();
-                return Err(error);
-            }
-        };
-        if let Err(error) = mount.identify() {
-            let _ = mount.unmount();
-            return Err(error);
+    pub fn start(mounter: Mounter, name: &str, dir: &Path, shim: Shim) -> Result<Self, MountError> {
+        let connection = mounter.connect(name, dir)?;
+        if connection.resumed {
+            tracing::info!(mount = %dir.display(), "going on with the mount of an earlier daemon");
         }
-        Ok(Self { mount, ended, session })
+        let served = serve(dir, shim, &connection);
+        let (name, mount) = connection.into_mount();
+        match served {
+            Ok((ended, session)) => Ok(Self { mounter, name, dir: dir.to_owned(), mount, ended, session }),
+            Err(error) => {
+                let _ = mounter.disconnect(&name, mount.as_ref());
+                Err(error)
+            }
+        }
     }
 
     /// Where it is mounted.
     #[must_use]
     pub fn dir(&self) -> &Path {
-        self.mount.dir()
+        &self.dir
     }
 
     /// Becomes true when the session ends, whoever ended it.
@@ -66,11 +69,11 @@ impl Serving {
     /// # Errors
     /// When the kernel refuses.
     pub fn stop(self) -> Result<(), MountError> {
-        let detached = self.mount.unmount()?;
+        let detached = self.mounter.disconnect(&self.name, self.mount.as_ref())?;
         // The kernel closes the connection with the last user of the mount.
         let wait = if detached { Duration::ZERO } else { END_TIMEOUT };
         if self.session.recv_timeout(wait) == Err(mpsc::RecvTimeoutError::Timeout) {
-            tracing::warn!(mount = %self.dir().display(), "mount is in use, detached; its users get errors from now on");
+            tracing::warn!(mount = %self.dir.display(), "mount is in use, detached; its users get errors from now on");
         }
         Ok(())
     }
@@ -78,15 +81,20 @@ impl Serving {
 
 type Served = (watch::Receiver<bool>, mpsc::Receiver<()>);
 
-fn serve(dir: &Path, shim: Shim, device: std::os::fd::OwnedFd) -> Result<Served, MountError> {
+fn serve(dir: &Path, mut shim: Shim, connection: &Connection) -> Result<Served, MountError> {
     let kernel = |operation| move |source| MountError::Kernel { operation, path: dir.to_owned(), source };
+    shim.set_resent(connection.resent.clone());
     let mut config = Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(THREADS);
     // A request that was read from a cloned descriptor would be lost with it.
     config.clone_fd = false;
-    let session =
-        Session::from_fd(shim, device, SessionACL::All, config).map_err(kernel("agree with the kernel on"))?;
+    let session = resume::resume(shim, &connection.device, &connection.agreement, config)
+        .map_err(kernel("begin a session on"))?;
+    // Before the first message is read: what comes again is marked, and nothing is worked on twice.
+    if connection.resumed && connection.agreement.has_resend() {
+        resume::ask_again(&connection.device).map_err(kernel("ask for what an earlier daemon left undone on"))?;
+    }
     let (end, ended) = watch::channel(false);
     let (alive, session_ended) = mpsc::channel::<()>();
     let name = dir.display().to_string();

@@ -1,6 +1,6 @@
 //! One overlay in care: looked through and refreshed, by a bounded number of threads of its own.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -57,6 +57,11 @@ impl Overlay {
             turn: Arc::default(),
             metrics: metrics.clone(),
         }
+    }
+
+    /// The clone of the mount, and its upper directory.
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.tree.as_fd(), self.upper.as_fd()]
     }
 
     /// Refreshes it on this thread, out of turn. Blocks.

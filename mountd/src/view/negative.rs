@@ -85,6 +85,13 @@ impl Negative {
         Asking { negative: self, path, owes }
     }
 
+    /// Any name may be negative: what earlier daemons answered is not known.
+    pub(super) fn drop_all(&self) {
+        let mut state = self.lock();
+        state.dropped = Some(Instant::now());
+        state.paying = true;
+    }
+
     /// The name was seen through every overlay.
     pub(super) fn seen(&self, path: &StorePath) {
         let mut state = self.lock();

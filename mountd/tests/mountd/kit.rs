@@ -26,6 +26,7 @@ use narlake_mountd::fs::nodes::NodeTable;
 use narlake_mountd::fs::{LazyStore, StoreSettings};
 use narlake_mountd::metadata::{Blobs, Metadata, Records};
 use narlake_mountd::metrics::Metrics;
+use narlake_mountd::mounter::Mounter;
 use narlake_mountd::overlay::{Overlays, Own};
 use narlake_mountd::remote::{Cause, RemoteError};
 use narlake_mountd::trust::TrustedKeys;
@@ -260,7 +261,7 @@ impl World {
         self.lake.publish(cache, info, signers).await.unwrap();
     }
 
-    fn keys(&self) -> TrustedKeys {
+    pub(crate) fn trusted(&self) -> TrustedKeys {
         TrustedKeys::new(StoreDir::default(), vec![self.key.public()])
     }
 
@@ -277,16 +278,16 @@ impl World {
             needed: Vec::new(),
             files: Vec::new(),
         };
-        let overlays = Arc::new(Overlays::new(own, &self.metrics));
+        let overlays = Arc::new(Overlays::new(own, Mounter::Alone, &self.metrics));
         let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
         let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
         let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
-        let metadata = Metadata::open(&dir, self.metadata_bytes, self.keys(), &self.metrics).unwrap();
+        let metadata = Metadata::open(&dir, self.metadata_bytes, self.trusted(), &self.metrics).unwrap();
         let metadata = Arc::new(metadata);
         let blobs = Blobs::new(fetcher, Arc::clone(&metadata));
         let parts = (blobs.clone(), Arc::clone(&nodes), overlays);
         let records = Arc::new(Records::new(Arc::clone(&self.source) as _, metadata));
-        let view = View::new(records, self.keys(), parts, settings, &self.metrics);
+        let view = View::new(records, self.trusted(), parts, settings, &self.metrics);
         let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
         let lazy = LazyStore::new(view.clone(), nodes, &blobs, Arc::clone(&cache), settings, &self.metrics);
         Store { lazy, view, cache }
@@ -317,11 +318,11 @@ impl World {
         let sources = Sources {
             blobs: Arc::clone(&self.source) as _,
             records: Arc::clone(&self.source) as _,
-            keys: self.keys(),
+            keys: self.trusted(),
             key_names: vec!["test-1".into()],
         };
         let config = self.config();
-        let daemon = Daemon::start(&config, sources, &self.metrics).await.unwrap();
+        let daemon = Daemon::start(&config, Mounter::Alone, sources, &self.metrics).await.unwrap();
         Some(Mounted { daemon: Some(daemon), mount: config.mount, dir: self.dir.path().to_owned() })
     }
 

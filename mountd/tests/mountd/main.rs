@@ -1,4 +1,5 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`).
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
+//! `survive`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
 //! ops/test looks for.
@@ -14,3 +15,4 @@ mod server;
 mod stop;
 mod store;
 mod stuck;
+mod survive;
