@@ -2,8 +2,10 @@
 //!
 //! A request names blobs. Their places are looked up (one question for all that are not known yet), grouped by frame,
 //! and frames that lie side by side in a pack are read in one range ([`coalesce`]). Each frame is read and decoded by
-//! one flight however many ask for it ([`flight`]); decoded frames stay in a bounded cache, since a reader that wants
-//! one chunk of a frame mostly wants its neighbours next.
+//! one flight however many ask for it ([`flight`]); decoded frames stay in a bounded cache ([`frames`]), since a reader
+//! that wants one chunk of a frame mostly wants its neighbours next. Who knows what will be wanted says so: places can be
+//! learnt and frames be read ahead, in the background and behind all that somebody waits for ([`turns`]). A read that
+//! takes longer than nearly all others is asked for a second time ([`hedge`]).
 //!
 //! Invariant: bytes leave this module only after they were hashed and found to be what names them, at every call, also
 //! when they come from the cache of frames.
@@ -13,12 +15,17 @@
 //! as missing from then on and may know another copy (rule 7). Every wait ends at the deadline.
 
 mod coalesce;
+mod decode;
 mod flight;
+mod frames;
+mod hedge;
+mod metrics;
+mod places;
+mod turns;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -26,9 +33,13 @@ use bytes::Bytes;
 use narlake_format::id::{BlobId, BlobKind};
 use narlake_format::lake::keys;
 use narlake_format::lake::location::{Location, PackRef};
-use quick_cache::sync::Cache;
+use tokio::sync::Semaphore;
 
+pub use self::flight::Nearness;
 use self::flight::{Flights, FrameKey, Reads};
+pub use self::metrics::{FetchMetrics, FetchStats};
+use self::places::Places;
+pub use self::turns::Interest;
 use crate::error::{Error, ErrorKind};
 
 /// Where blobs come from: a bucket with an index beside it, or a server.
@@ -56,12 +67,16 @@ pub struct FetchSettings {
     pub deadline: Duration,
     /// Decoded frames kept, in bytes.
     pub frame_cache_bytes: u64,
-    /// Places of blobs kept, in number (about 120 bytes each); none where the source keeps them itself.
+    /// Places of blobs kept, in number (about 100 bytes each); none where the source keeps them itself.
     pub locations_max: usize,
     /// Reads in flight at once.
     pub parallel: usize,
+    /// Of those, reads ahead of what somebody waits for.
+    pub ahead_parallel: usize,
     /// Bytes nobody asked for that one read may run over to join two frames.
     pub gap_bytes: u64,
+    /// Whether a read that takes longer than nearly all others is asked for a second time.
+    pub hedged: bool,
 }
 
 impl Default for FetchSettings {
@@ -71,20 +86,28 @@ impl Default for FetchSettings {
             frame_cache_bytes: 64 << 20,
             locations_max: 200_000,
             parallel: 16,
+            ahead_parallel: 4,
             gap_bytes: 0,
+            hedged: true,
         }
     }
 }
 
-/// What a [`Fetcher`] has moved since it was made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct FetchStats {
-    /// Ranged reads of packs.
-    pub requests: u64,
-    /// Bytes those reads returned.
-    pub bytes: u64,
-    /// Frames decoded.
-    pub frames: u64,
+/// What to read ahead.
+#[derive(Debug, Clone)]
+pub struct Ahead {
+    /// Blobs that may be wanted, the likeliest first.
+    pub blobs: Vec<BlobId>,
+    /// Blobs that are being asked for anyway: what shares a frame with them costs nothing.
+    pub beside: Vec<BlobId>,
+    /// Most bytes to read.
+    pub bytes_max: u64,
+    /// Most bytes of one read.
+    pub read_max: u64,
+    /// Whether this is a guess, to be covered by what other guesses have brought; else it follows somebody who reads on.
+    pub suspicion: bool,
+    /// Reads that have not begun when nobody keeps this any more are dropped.
+    pub interest: Interest,
 }
 
 /// The fetch engine over one source. Cheap to clone; clones share caches and flights.
@@ -96,37 +119,86 @@ pub struct Fetcher {
 struct Inner {
     source: Arc<dyn BlobSource>,
     settings: FetchSettings,
-    locations: Cache<BlobId, Location>,
+    places: Places,
     flights: Flights,
-    counters: Arc<Counters>,
-}
-
-#[derive(Default)]
-struct Counters {
-    requests: AtomicU64,
-    bytes: AtomicU64,
-    frames: AtomicU64,
+    /// Turns of work in the background.
+    background: Arc<Semaphore>,
+    metrics: FetchMetrics,
 }
 
 impl Fetcher {
     /// A fetch engine over this source.
     #[must_use]
     pub fn new(source: Arc<dyn BlobSource>, settings: FetchSettings) -> Self {
-        let counters = Arc::new(Counters::default());
-        let flights = Flights::new(Arc::clone(&source), &settings, Arc::clone(&counters));
-        let locations = Cache::new(settings.locations_max);
-        Self { inner: Arc::new(Inner { source, settings, locations, flights, counters }) }
+        Self::metered(source, settings, FetchMetrics::unregistered())
+    }
+
+    /// The same, with counters that are on somebody's page.
+    #[must_use]
+    pub fn metered(source: Arc<dyn BlobSource>, settings: FetchSettings, metrics: FetchMetrics) -> Self {
+        let flights = Flights::new(Arc::clone(&source), &settings, metrics.clone());
+        let places = Places::new(settings.locations_max);
+        let background = Arc::new(Semaphore::new(BACKGROUND_MAX));
+        Self { inner: Arc::new(Inner { source, settings, places, flights, background, metrics }) }
     }
 
     /// What has been moved so far.
     #[must_use]
     pub fn stats(&self) -> FetchStats {
-        let counters = &self.inner.counters;
-        FetchStats {
-            requests: counters.requests.load(Ordering::Relaxed),
-            bytes: counters.bytes.load(Ordering::Relaxed),
-            frames: counters.frames.load(Ordering::Relaxed),
+        self.inner.metrics.stats()
+    }
+
+    /// Where a blob is, as far as that is known without asking.
+    #[must_use]
+    pub fn nearness(&self, id: &BlobId) -> Nearness {
+        let place = self.inner.places.get(id);
+        place.map_or(Nearness::Away, |place| self.inner.flights.nearness(&FrameKey::of(&place)))
+    }
+
+    /// Learns the places of these blobs in the background, so that reads of them need no question. What cannot be learnt
+    /// now is asked for by whoever needs it. Nothing happens while much else is going on in the background.
+    pub fn learn(&self, mut ids: Vec<BlobId>) {
+        ids.retain(|id| self.inner.places.get(id).is_none());
+        if ids.is_empty() || self.inner.settings.locations_max == 0 {
+            return;
         }
+        self.spawn(async move |fetcher| {
+            if let Err(error) = fetcher.places(ids.iter().copied()).await {
+                tracing::debug!(error = error.chain(), "places not learnt");
+            }
+        });
+    }
+
+    /// Reads ahead in the background. Nothing happens where that is more than may be read ahead at once.
+    pub fn ahead(&self, ahead: Ahead) {
+        self.spawn(async move |fetcher| {
+            let ids = ahead.blobs.iter().chain(&ahead.beside).copied();
+            let places = match fetcher.places(ids).await {
+                Ok(places) => places,
+                Err(error) => return tracing::debug!(error = error.chain(), "nothing read ahead"),
+            };
+            let beside = ahead.beside.iter().filter_map(|id| places.get(id));
+            let mut seen: HashSet<FrameKey> = beside.map(FrameKey::of).collect();
+            let wanted = ahead.blobs.iter().filter_map(|id| places.get(id));
+            let wanted = wanted.map(|place| (FrameKey::of(place), place.frame_length));
+            let wanted: Vec<(FrameKey, u32)> = wanted.filter(|(key, _)| seen.insert(*key)).collect();
+            let Ahead { bytes_max, read_max, suspicion, interest, .. } = ahead;
+            fetcher.inner.flights.ahead(&wanted, bytes_max, read_max, suspicion, &interest);
+        });
+    }
+
+    /// Runs work that nobody waits for, unless there is much of it, for no longer than a call may take.
+    fn spawn<F: Future<Output = ()> + Send>(&self, work: impl FnOnce(Self) -> F + Send + 'static)
+    where
+        F: 'static,
+    {
+        let Ok(turn) = Arc::clone(&self.inner.background).try_acquire_owned() else { return };
+        let fetcher = self.clone();
+        tokio::spawn(async move {
+            let limit = fetcher.inner.settings.deadline;
+            let _ = tokio::time::timeout(limit, work(fetcher)).await;
+            drop(turn);
+        });
     }
 
     /// Learns the places of these blobs with one question, so that later reads need none. Cancel safe.
@@ -180,7 +252,7 @@ impl Fetcher {
             self.inner.flights.forget(frame);
         }
         for (_, id) in blobs {
-            self.inner.locations.remove(id);
+            self.inner.places.forget(id);
         }
     }
 
@@ -244,7 +316,7 @@ impl Fetcher {
         let mut places = HashMap::new();
         let mut unknown = Vec::new();
         for id in ids {
-            match self.inner.locations.get(&id) {
+            match self.inner.places.get(&id) {
                 Some(place) => {
                     places.insert(id, place);
                 }
@@ -254,10 +326,11 @@ impl Fetcher {
         unknown.sort_unstable();
         unknown.dedup();
         for batch in unknown.chunks(LOCATE_BATCH) {
+            self.inner.metrics.locates.inc();
             let found = self.inner.source.locate(batch).await?;
             for (id, place) in batch.iter().zip(found) {
                 if let Some(place) = place {
-                    self.inner.locations.insert(*id, place);
+                    self.inner.places.insert(*id, &place);
                     places.insert(*id, place);
                 }
             }
@@ -289,7 +362,7 @@ fn blob_in(frame: &Bytes, kind: BlobKind, id: &BlobId, place: &Location) -> Opti
 
 /// An error for each of those who waited for one flight: the same kind and text.
 fn copy_of(error: &Arc<Error>, place: &Location) -> Error {
-    let key = keys::pack(&place.pack);
+    let key = format!("{} frame at {}", keys::pack(&place.pack), place.frame_offset);
     Error::Bucket { operation: "fetch from", key, kind: error.kind(), source: error.chain().into() }
 }
 
@@ -299,3 +372,6 @@ const ATTEMPTS: u32 = 3;
 
 /// Ids in one question to the source.
 const LOCATE_BATCH: usize = 16 * 1024;
+
+/// Questions and reads ahead under way in the background at once. Each has at most [`LOCATE_BATCH`] ids at a time.
+const BACKGROUND_MAX: usize = 16;
