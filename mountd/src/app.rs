@@ -57,6 +57,9 @@ const DEADLINE_STEP: Duration = Duration::from_secs(1);
 /// Reads of packs that may be under way, most of them waiting for their turn at the server (`remote`).
 const FETCHES_MAX: usize = 256;
 
+/// Bytes that a read of a pack may run over to join two frames: less than they take to come is the way there and back.
+const GAP_BYTES: u64 = 256 << 10;
+
 /// How long a start waits for a server that it could do without.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -268,9 +271,10 @@ impl Daemon {
             deadline: inside(config.deadline, 1),
             frame_cache_bytes: config.frame_bytes,
             parallel: FETCHES_MAX,
+            gap_bytes: GAP_BYTES,
             ..FetchSettings::default()
         };
-        let fetcher = Fetcher::new(blobs, fetch);
+        let fetcher = Fetcher::metered(blobs, fetch, metrics.fetch.clone());
         let records: Arc<dyn RecordSource> = Arc::new(Records::new(records, Arc::clone(&metadata)));
         let blobs = Blobs::new(fetcher.clone(), metadata);
         let settings = ViewSettings { deadline: inside(config.deadline, 1), on_outage: config.on_outage };

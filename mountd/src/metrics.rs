@@ -2,6 +2,7 @@
 //!
 //! Names are `narlake_mountd_<what>_<unit>`; labels come from closed sets, never from paths.
 
+use narlake_storage::fetch::FetchMetrics;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
@@ -68,6 +69,8 @@ pub struct Metrics {
     pub remote_received_bytes: IntCounter,
     /// Time of one request to the server, attempts that failed included.
     pub remote_seconds: Histogram,
+    /// What the fetch engine moves.
+    pub fetch: FetchMetrics,
     /// Records refused because no trusted key signed them.
     pub records_untrusted: IntCounter,
     /// Store objects with a nodeid.
@@ -183,6 +186,36 @@ impl Metrics {
                 "narlake_mountd_remote_duration_seconds",
                 "Time of one request to the server",
             ),
+            fetch: FetchMetrics {
+                requests: counter(&registry, "narlake_mountd_fetch_requests_total", "Ranged reads of packs"),
+                bytes: counter(
+                    &registry,
+                    "narlake_mountd_fetch_bytes_total",
+                    "Bytes that ranged reads of packs returned",
+                ),
+                frames: counter(&registry, "narlake_mountd_fetch_frames_total", "Frames decoded"),
+                locates: counter(&registry, "narlake_mountd_fetch_locates_total", "Questions where blobs are"),
+                ahead_bytes: counter(
+                    &registry,
+                    "narlake_mountd_fetch_ahead_bytes_total",
+                    "Bytes of frames read before anybody asked for them",
+                ),
+                ahead_used_bytes: counter(
+                    &registry,
+                    "narlake_mountd_fetch_ahead_used_bytes_total",
+                    "Bytes of frames read ahead that somebody asked for afterwards",
+                ),
+                hedges: counter(
+                    &registry,
+                    "narlake_mountd_fetch_hedges_total",
+                    "Reads of packs asked for a second time because the first took long",
+                ),
+                hedges_won: counter(
+                    &registry,
+                    "narlake_mountd_fetch_hedges_won_total",
+                    "Reads of packs in which the second request was answered first",
+                ),
+            },
             records_untrusted: counter(
                 &registry,
                 "narlake_mountd_records_untrusted_total",

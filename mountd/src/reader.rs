@@ -8,8 +8,11 @@
 //! What the cache has is verified again whenever it is read: the chunks that the range touches are scrubbed once more
 //! and hashed, which costs microseconds and leaves nothing to believe of a disk. What does not verify is a miss.
 //!
+//! What will be wanted next is guessed in `ahead`, and only ever makes the fetch engine have it sooner.
+//!
 //! Invariant: a chunk of a file has one filler at a time ([`Fill`]), so nothing writes to a file that is complete.
 
+mod ahead;
 mod fill;
 
 use std::borrow::Cow;
@@ -21,11 +24,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use futures::future::try_join_all;
 use narlake_format::id::{BlobId, BlobKind, ChunkId, ContentId};
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::lake::strings::StringTable;
 use narlake_storage::fetch::Fetcher;
 
+use self::ahead::{Foresight, Site};
 use self::fill::{Fill, Share};
 use crate::cache::Cache;
 use crate::fs::error::FsError;
@@ -62,6 +67,7 @@ impl Weigh for FileView {
 /// Reads files of trees.
 pub struct Reader {
     fetcher: Fetcher,
+    foresight: Foresight,
     cache: Arc<Cache>,
     views: Lru<NodeId, Arc<FileView>>,
     // Held to look up, insert or remove, never across an await. Invariant: an `Arc` in it is cloned under this lock.
@@ -73,8 +79,8 @@ impl Reader {
     /// A reader that fetches what the cache does not have.
     #[must_use]
     pub fn new(fetcher: Fetcher, cache: Arc<Cache>, metrics: &Metrics) -> Self {
-        let metrics = metrics.clone();
-        Self { fetcher, cache, views: lru(4096, FILES_BYTES), fills: Mutex::default(), metrics }
+        let (metrics, foresight) = (metrics.clone(), Foresight::new(fetcher.clone()));
+        Self { fetcher, foresight, cache, views: lru(4096, FILES_BYTES), fills: Mutex::default(), metrics }
     }
 
     /// Up to `length` bytes of a file from `offset` on; fewer only at its end. Cancel safe: what was kept stays kept,
@@ -99,7 +105,9 @@ impl Reader {
             return Ok(bytes);
         }
         let lease = Lease::take(self, &view, file.chunks.len()).await;
-        lease.read(&file, &view, offset..end).await
+        let site = Site { node, tree, entry, file };
+        self.foresight.read(&site, &(offset..end), |chunks| lease.fill.missing(chunks));
+        lease.read(&site, &view, offset..end).await
     }
 
     fn view(&self, node: NodeId, file: &TreeFile<'_>, table: &StringTable) -> Result<Arc<FileView>, FsError> {
@@ -192,7 +200,8 @@ impl<'a> Lease<'a> {
         lease
     }
 
-    async fn read(&self, file: &TreeFile<'_>, view: &Arc<FileView>, range: Range<u64>) -> Result<Bytes, FsError> {
+    async fn read(&self, site: &Site<'_>, view: &Arc<FileView>, range: Range<u64>) -> Result<Bytes, FsError> {
+        let file = &site.file;
         let mut out = vec![0; usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
         let wanted = if file.size <= WHOLE_MAX { 0..file.chunks.len() } else { chunks_of(file, &range) };
         let mut left: Vec<usize> = wanted.collect();
@@ -208,8 +217,12 @@ impl<'a> Lease<'a> {
                     left.extend(run);
                 }
             }
-            for run in runs(mine.chunks()) {
+            let fetched = try_join_all(runs(mine.chunks()).into_iter().map(|run| async move {
+                self.reader.foresight.fetch(site, &run);
                 let content = self.fetch(file, view, run.clone()).await?;
+                Ok::<_, FsError>((run, content))
+            }));
+            for (run, content) in fetched.await? {
                 let start = span_of(file, &run).start;
                 copy_overlap(&content, start, &range, &mut out);
                 self.fill.keep(&self.reader.cache, run, start, content).await;

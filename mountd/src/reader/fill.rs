@@ -133,6 +133,12 @@ impl Fill {
         Share { present, mine: Claim { fill: Arc::clone(self), chunks: mine }, others, changed }
     }
 
+    /// Those of these chunks that are not there and that nobody fetches.
+    pub(super) fn missing(&self, chunks: Range<usize>) -> Vec<usize> {
+        let state = self.state();
+        chunks.filter(|chunk| state.chunks.get(*chunk) == Some(&Chunk::Missing)).collect()
+    }
+
     /// The file that holds the chunks which are present.
     pub(super) fn data(&self) -> Option<Arc<File>> {
         self.state().data.clone()

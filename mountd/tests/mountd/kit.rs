@@ -108,8 +108,14 @@ pub(crate) struct Source {
     lake: Lake,
     cache: narlake_storage::Cache,
     mood: AtomicU8,
+    /// Every answer takes this long, in microseconds.
+    delay_us: AtomicU64,
+    /// When the line to the source, of 100 Mbit/s while there is a delay, is free.
+    line: tokio::sync::Mutex<()>,
     pub(crate) lookups: AtomicU64,
     pub(crate) reads: AtomicU64,
+    pub(crate) read_bytes: AtomicU64,
+    pub(crate) locates: AtomicU64,
     pub(crate) closures: AtomicU64,
 }
 
@@ -118,7 +124,31 @@ impl Source {
         self.mood.store(mood as u8, Ordering::SeqCst);
     }
 
+    /// From now on the source is this far away, over a line of 100 Mbit/s.
+    pub(crate) fn move_away(&self, round_trip: Duration) {
+        self.delay_us.store(u64::try_from(round_trip.as_micros()).unwrap(), Ordering::SeqCst);
+    }
+
+    /// Forgets what has been counted.
+    pub(crate) fn count_anew(&self) {
+        for count in [&self.lookups, &self.reads, &self.read_bytes, &self.locates, &self.closures] {
+            count.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// The time that bytes take on the line, one answer after the other.
+    async fn travel(&self, bytes: u64) {
+        if self.delay_us.load(Ordering::SeqCst) > 0 {
+            let _line = self.line.lock().await;
+            tokio::time::sleep(Duration::from_nanos(bytes * 80)).await;
+        }
+    }
+
     async fn gate(&self, key: String) -> Result<(), RemoteError> {
+        let delay_us = self.delay_us.load(Ordering::SeqCst);
+        if delay_us > 0 {
+            tokio::time::sleep(Duration::from_micros(delay_us)).await;
+        }
         match self.mood.load(Ordering::SeqCst) {
             mood if mood == Mood::Answers as u8 => Ok(()),
             mood if mood == Mood::Stalls as u8 => pending().await,
@@ -134,12 +164,16 @@ impl Source {
 impl BlobSource for Source {
     async fn locate(&self, ids: &[BlobId]) -> Result<Vec<Option<Location>>, Error> {
         self.gate("locate".into()).await?;
+        self.locates.fetch_add(1, Ordering::SeqCst);
+        self.travel(ids.len() as u64 * 32).await;
         self.lake.locate(&self.cache.domain(), ids).await
     }
 
     async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
         self.gate(pack.to_string()).await?;
         self.reads.fetch_add(1, Ordering::SeqCst);
+        self.read_bytes.fetch_add(range.end - range.start, Ordering::SeqCst);
+        self.travel(range.end - range.start).await;
         self.lake.read_pack(pack, range).await
     }
 
@@ -209,8 +243,12 @@ impl World {
             lake: lake.clone(),
             cache,
             mood: AtomicU8::new(Mood::Answers as u8),
+            delay_us: AtomicU64::new(0),
+            line: tokio::sync::Mutex::default(),
             lookups: AtomicU64::new(0),
             reads: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            locates: AtomicU64::new(0),
             closures: AtomicU64::new(0),
         };
         let (deadline, cache_bytes) = (Duration::from_secs(10), 1 << 30);
@@ -280,17 +318,17 @@ impl World {
         };
         let overlays = Arc::new(Overlays::new(own, Mounter::Alone, &self.metrics));
         let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
-        let fetch = FetchSettings { deadline: self.deadline, ..FetchSettings::default() };
-        let fetcher = Fetcher::new(Arc::clone(&self.source) as _, fetch);
+        let fetch = FetchSettings { deadline: self.deadline, gap_bytes: 256 << 10, ..FetchSettings::default() };
+        let fetcher = Fetcher::metered(Arc::clone(&self.source) as _, fetch, self.metrics.fetch.clone());
         let metadata = Metadata::open(&dir, self.metadata_bytes, self.trusted(), &self.metrics).unwrap();
         let metadata = Arc::new(metadata);
-        let blobs = Blobs::new(fetcher, Arc::clone(&metadata));
+        let blobs = Blobs::new(fetcher.clone(), Arc::clone(&metadata));
         let parts = (blobs.clone(), Arc::clone(&nodes), overlays);
         let records = Arc::new(Records::new(Arc::clone(&self.source) as _, metadata));
         let view = View::new(records, self.trusted(), parts, settings, &self.metrics);
         let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
         let lazy = LazyStore::new(view.clone(), nodes, &blobs, Arc::clone(&cache), settings, &self.metrics);
-        Store { lazy, view, cache }
+        Store { lazy, view, cache, fetcher }
     }
 
     pub(crate) fn config(&self) -> Config {
@@ -337,6 +375,7 @@ pub(crate) struct Store {
     pub(crate) lazy: LazyStore,
     pub(crate) view: View,
     pub(crate) cache: Arc<Cache>,
+    pub(crate) fetcher: Fetcher,
 }
 
 /// Whether this host can mount; if not, a line says so.

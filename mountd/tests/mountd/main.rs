@@ -1,9 +1,10 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`, `ahead`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
 //! `survive`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
 //! ops/test looks for.
 
+mod ahead;
 mod control;
 mod elsewhere;
 mod kit;
