@@ -262,12 +262,18 @@ impl Foresight {
     }
 }
 
-/// What follows a chunk in its file.
+/// What follows a chunk in its file, and then what is at its beginning: programs go back to their headers and tables.
 fn following(file: &TreeFile<'_>, chunk: usize, stored: u64) -> Vec<BlobId> {
-    let start = chunk.checked_sub(1).and_then(|last| file.chunk_ends.get(last)).copied().unwrap_or(0);
-    let end = start + stored * RAW_PER_STORED;
-    let chunks = file.chunks.iter().zip(file.chunk_ends).skip(chunk).take(BET_CHUNKS);
-    chunks.take_while(|(_, chunk_end)| **chunk_end <= end).map(|(id, _)| (*id).into()).collect()
+    let mut raw = stored * RAW_PER_STORED;
+    let start_of = |chunk: usize| chunk.checked_sub(1).and_then(|last| file.chunk_ends.get(last)).copied().unwrap_or(0);
+    let mut blobs = Vec::new();
+    for chunk in (chunk..file.chunks.len()).chain(0..chunk).take(BET_CHUNKS) {
+        let (Some(id), Some(end)) = (file.chunks.get(chunk), file.chunk_ends.get(chunk)) else { break };
+        let Some(left) = raw.checked_sub(end.saturating_sub(start_of(chunk))) else { break };
+        raw = left;
+        blobs.push((*id).into());
+    }
+    blobs
 }
 
 /// The files beside one: those that follow it in its directory, then those before it, the nearest first.

@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 
+use bytes::Bytes;
 use narlake_format::error::chain;
 use narlake_format::id::{BlobId, BlobKind};
+use narlake_format::lake::manifest::ManifestHeader;
 use narlake_format::limits::CLOSURE_MAX;
 use narlake_format::nix::store_path::{StorePath, StorePathHash};
+use narlake_storage::fetch::Nearness;
 
 use super::{View, ViewError};
 use crate::error::joined;
@@ -21,6 +24,9 @@ const WARM_MAX: usize = 4096;
 
 /// Heads fetched at once.
 const WARM_AT_ONCE: usize = 128;
+
+/// Parts of a tree whose places are learnt ahead: nearly all trees have fewer.
+const PARTS_WARM: usize = 64;
 
 /// What a view has of some closures.
 #[derive(Debug, Default)]
@@ -139,10 +145,25 @@ impl View {
             return;
         }
         for some in heads.chunks(WARM_AT_ONCE) {
-            if blobs.fetch(BlobKind::Manifest, some).await.is_err() {
+            let Ok(fetched) = blobs.fetch(BlobKind::Manifest, some).await else { return };
+            if self.warm_parts(&fetched).await.is_err() {
                 return;
             }
         }
+    }
+
+    /// Learns where the parts of these trees are, with one question, and takes those that have come with their heads.
+    async fn warm_parts(&self, heads: &[Bytes]) -> Result<(), narlake_storage::Error> {
+        let headers = heads.iter().filter_map(|head| ManifestHeader::decode(head).ok());
+        let parts = headers.flat_map(|header| header.parts.into_iter().take(PARTS_WARM));
+        let parts: Vec<BlobId> = parts.map(|part| part.id.into()).collect();
+        let blobs = &self.inner.blobs;
+        let parts = blobs.absent(&parts);
+        let located: Vec<(BlobKind, BlobId)> = parts.iter().map(|id| (BlobKind::Part, *id)).collect();
+        blobs.fetcher().locate(&located).await?;
+        let near: Vec<BlobId> =
+            parts.into_iter().filter(|id| blobs.fetcher().nearness(id) != Nearness::Away).collect();
+        blobs.fetch(BlobKind::Part, &near).await.map(|_| ())
     }
 
     /// Gives these objects their nodeids. If that fails, so will their look-ups, and say why.

@@ -171,8 +171,8 @@ impl Flights {
         joined
     }
 
-    /// Starts to read these frames, in this order, as long as the bytes last; what is here or under way costs nothing.
-    /// Each read has at most `read_max` bytes. Says how many bytes are going to be read.
+    /// Starts to read these frames, in this order, as long as the bytes last, and one in any case; what is here or under
+    /// way costs nothing. Each read has at most `read_max` bytes, unless a frame has more. Says how many bytes are going to be read.
     pub(super) fn ahead(
         &self,
         wanted: &[(FrameKey, u32)],
@@ -189,7 +189,8 @@ impl Flights {
                 continue;
             }
             let stored = u64::from(length);
-            if bytes + stored > bytes_max || !self.shared.frames.grant(stored, suspicion) {
+            let enough = bytes > 0 && bytes + stored > bytes_max;
+            if enough || !self.shared.frames.grant(stored, suspicion) {
                 break;
             }
             bytes += stored;
