@@ -7,8 +7,8 @@
 //! - *Windows.* Who reads a long file from one end to the other finds the next bytes there: a window of 128 KiB at the
 //!   second read, which doubles as it is used up. A seek ends it, and what has not been begun of it is dropped.
 //! - *Bets.* A program that opens one file of a directory often opens the next, and one that jumps about in a long file
-//!   often comes back near by. From the second miss in a directory or file on, some of what follows there comes along.
-//!   Bets that are won are raised; after two that bring nothing there is none but for every win.
+//!   often comes back near by. With a miss in a directory or file, some of what follows there comes along. Bets that are
+//!   won are raised; after two that bring nothing there is none but for every win.
 //!
 //! Nothing here is needed: what is not read ahead is read when it is wanted. How much is moved in vain is bounded by the
 //! fetch engine.
@@ -120,7 +120,6 @@ struct State {
     window_end: u64,
     /// Bytes of the window; 0 while nobody reads on.
     window: u64,
-    misses: u32,
     bets: u32,
     wins: u32,
     interest: Interest,
@@ -152,9 +151,9 @@ impl State {
         match nearness {
             Nearness::Here => return None,
             Nearness::Ahead => self.wins += 1,
-            Nearness::Away => self.misses += 1,
+            Nearness::Away => {}
         }
-        if self.misses < 2 || self.bets >= BETS_FREE.saturating_add(self.wins) {
+        if self.bets >= BETS_FREE.saturating_add(self.wins) {
             return None;
         }
         self.bets += 1;
@@ -341,7 +340,6 @@ mod tests {
     fn bets_follow_luck() {
         use Nearness::{Ahead, Away, Here};
         let mut state = State::default();
-        assert_eq!(state.missed(Away), None, "once is nothing");
         assert_eq!(state.missed(Here), None);
         assert_eq!(state.missed(Away), Some(BET_FIRST));
         assert_eq!(state.missed(Away), Some(BET_FIRST));

@@ -161,8 +161,7 @@ impl View {
         let parts = blobs.absent(&parts);
         let located: Vec<(BlobKind, BlobId)> = parts.iter().map(|id| (BlobKind::Part, *id)).collect();
         blobs.fetcher().locate(&located).await?;
-        let near: Vec<BlobId> =
-            parts.into_iter().filter(|id| blobs.fetcher().nearness(id) != Nearness::Away).collect();
+        let near: Vec<BlobId> = parts.into_iter().filter(|id| blobs.fetcher().nearness(id) != Nearness::Away).collect();
         blobs.fetch(BlobKind::Part, &near).await.map(|_| ())
     }
 
