@@ -119,6 +119,7 @@ impl App {
             limits: config.limits.clone(),
             uploads: Semaphore::new(config.limits.uploads_max),
             downloads: Arc::new(Semaphore::new(config.limits.downloads_max)),
+            pack_url_valid: (config.s3.pack_url_s > 0).then(|| Duration::from_secs(config.s3.pack_url_s)),
             pushes: Buffers::new(config.limits.buffers_bytes_max, config.limits.hold()),
             answers: Buffers::new(config.limits.buffers_bytes_max, config.limits.wait()),
             logs: Semaphore::new(http::log::READS_MAX),

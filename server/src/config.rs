@@ -22,6 +22,9 @@ pub use self::limits::{BUFFERS_BYTES_MIN, Limits, UPLOADS_MAX};
 /// The prefix of this program's environment variables.
 const ENV_PREFIX: &str = "NARLAKE_";
 
+/// How long a URL of a pack may be valid, in seconds: long enough to be used, and no longer than S3 services take.
+const PACK_URL_S: std::ops::RangeInclusive<u64> = 60..=604_800;
+
 /// Everything the server can be told. Text that is empty, and lists without items, mean "not given".
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -65,6 +68,8 @@ pub struct S3 {
     pub region: String,
     /// Prefix of every key, so that one bucket can hold more than a lake.
     pub prefix: String,
+    /// For how many seconds a URL is valid with which a worker reads a pack straight from the bucket; 0 for none.
+    pub pack_url_s: u64,
 }
 
 /// The cache that is served.
@@ -162,7 +167,13 @@ impl Default for Config {
 
 impl Default for S3 {
     fn default() -> Self {
-        Self { bucket: String::new(), endpoint: String::new(), region: "us-east-1".into(), prefix: String::new() }
+        Self {
+            bucket: String::new(),
+            endpoint: String::new(),
+            region: "us-east-1".into(),
+            prefix: String::new(),
+            pack_url_s: 0,
+        }
     }
 }
 
@@ -310,6 +321,10 @@ impl Config {
         let endpoint = &self.s3.endpoint;
         let is_url = endpoint.starts_with("http://") || endpoint.starts_with("https://");
         check("s3.endpoint", endpoint.is_empty() || is_url, &|| format!("{endpoint:?} is not an http(s) URL"))?;
+        let valid_s = self.s3.pack_url_s;
+        check("s3.pack_url_s", valid_s == 0 || PACK_URL_S.contains(&valid_s), &|| {
+            format!("{valid_s} is neither 0 nor between {} and {}", PACK_URL_S.start(), PACK_URL_S.end())
+        })?;
         check("s3.bucket", endpoint.is_empty() || !self.s3.bucket.is_empty(), &|| {
             format!("an endpoint, {endpoint}, is given, but no bucket")
         })

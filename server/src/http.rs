@@ -70,6 +70,8 @@ pub struct State {
     pub uploads: Semaphore,
     /// One permit for each download of a NAR that may be under way.
     pub downloads: Arc<Semaphore>,
+    /// How long a URL is valid with which a pack is read straight from the bucket; `None` if none are given out.
+    pub pack_url_valid: Option<Duration>,
     /// Memory for the bodies of pushes.
     pub pushes: Buffers,
     /// Memory for the questions and answers of readers.
@@ -139,10 +141,11 @@ fn lake() -> Router<Shared> {
         .route("/missing", post(lake::missing))
         .route("/locate", post(lake::locate))
         .route("/packs/{domain}/{id}", get(lake::pack))
+        .route("/packs/{domain}/{id}/url", get(lake::pack_url))
 }
 
 /// The patterns that logs and metrics know requests by; both places of a cache's resources share one.
-const ROUTES: [&str; 18] = [
+const ROUTES: [&str; 19] = [
     "/health",
     "/metrics",
     "/public-key",
@@ -159,6 +162,7 @@ const ROUTES: [&str; 18] = [
     "/api/v1/missing",
     "/api/v1/locate",
     "/api/v1/packs/{domain}/{id}",
+    "/api/v1/packs/{domain}/{id}/url",
     "/{file}",
     OTHER,
 ];

@@ -11,6 +11,7 @@
 mod conditional;
 pub mod meter;
 pub mod retry;
+mod sign;
 
 use std::ops::Range;
 use std::path::Path as FsPath;
@@ -34,6 +35,7 @@ use object_store::{
 pub use self::conditional::Probe;
 use self::meter::Meter;
 use self::retry::{Retry, RetrySettings};
+use self::sign::Signer;
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Metrics;
 
@@ -105,6 +107,7 @@ impl From<Vec<Bytes>> for Body {
 pub struct Bucket {
     store: Arc<dyn ObjectStore>,
     name: Arc<str>,
+    signer: Option<Signer>,
 }
 
 impl Bucket {
@@ -151,12 +154,15 @@ impl Bucket {
         }
         let name = format!("s3 bucket {}", settings.bucket);
         let store = builder.build().map_err(|e| bucket_error("open", &name, e))?;
-        Ok(match &settings.prefix {
+        let keys = Arc::new(store.clone());
+        let mut bucket = match &settings.prefix {
             Some(prefix) => {
                 Self::stacked(object_store::prefix::PrefixStore::new(store, prefix.as_str()), name, metrics)
             }
             None => Self::stacked(store, name, metrics),
-        })
+        };
+        bucket.signer = Some(Signer { keys, prefix: settings.prefix.as_deref().map(Path::from) });
+        Ok(bucket)
     }
 
     /// A bucket in this process's memory.
@@ -170,7 +176,7 @@ impl Bucket {
         let limited = LimitStore::new(store, REQUESTS_MAX);
         let metered = Meter::new(limited, metrics.bucket.clone());
         let store = Arc::new(Retry::new(metered, RetrySettings::default(), metrics.bucket.clone()));
-        Self { store, name: name.into() }
+        Self { store, name: name.into(), signer: None }
     }
 
     /// What to call this bucket in a log.

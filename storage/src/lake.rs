@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt as _};
@@ -347,6 +348,14 @@ impl Lake {
     /// `NotFound` where the pack is gone, `Corrupt` where it is shorter.
     pub async fn read_pack(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
         self.source(pack.domain).read(pack, range).await
+    }
+
+    /// A URL that reads a pack straight from the bucket for so long; `None` where the bucket signs nothing.
+    ///
+    /// # Errors
+    /// Where the bucket's credentials cannot be had.
+    pub async fn pack_url(&self, pack: &PackRef, valid: Duration) -> Result<Option<String>, Error> {
+        self.inner.bucket.signed_url(&keys::pack(pack), valid).await
     }
 
     /// The size of a pack, in bytes.

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use narlake_format::api::{
     self, API_VERSION, ClosureLine, ClosureRequest, Info, LOCATE_MAX, LocateResponse, MissingRequest, MissingResponse,
-    NDJSON, decode_locate,
+    NDJSON, PackUrl, decode_locate,
 };
 use narlake_format::id::ID_LEN;
 use narlake_format::lake::location::PackRef;
@@ -54,6 +54,9 @@ const JSON_QUICK_BYTES: usize = 64 << 10;
 const _: () = assert!((JSON_BYTES_MAX * JSON_WEIGHT) as u64 <= BUFFERS_BYTES_MIN);
 const _: () = assert!((LOCATE_MAX * ID_LEN * LOCATE_WEIGHT) as u64 <= BUFFERS_BYTES_MIN);
 const _: () = assert!(PACK_MAX as u64 <= BUFFERS_BYTES_MIN);
+
+/// For how many seconds nobody need ask again for the URL of a pack, where none is given out.
+const NO_URL_S: u64 = 600;
 
 /// Lookups under way at once for one `missing` request.
 const LOOKUPS: usize = 32;
@@ -173,11 +176,7 @@ pub async fn pack(
     Path(PackPath { domain, id }): Path<PackPath>,
     headers: HeaderMap,
 ) -> Result<Response, HttpError> {
-    let name = format!("{domain}/{id}");
-    let pack: PackRef = name.parse().map_err(|_| HttpError::invalid(format!("{name:?} does not name a pack")))?;
-    if pack.domain != shared.cache.domain() {
-        return Err(HttpError::not_found(format!("there is no pack {pack}")));
-    }
+    let pack = readable(&shared, &domain, &id)?;
     let asked = headers.get(header::RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     // Neither end may be left open: to learn the length of the pack would cost another request each time.
     let range = range::closed(asked)
@@ -200,6 +199,32 @@ pub async fn pack(
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CONTENT_RANGE, content_range.as_str())];
     let (length, body) = body::held(&shared, buffer.join(bytes));
     Ok((StatusCode::PARTIAL_CONTENT, headers, length, body).into_response())
+}
+
+/// `GET packs/<domain>/<id>/url`: where the pack can be read without this server, if it can.
+pub async fn pack_url(
+    State(shared): State<Shared>,
+    Path(PackPath { domain, id }): Path<PackPath>,
+) -> Result<Response, HttpError> {
+    let pack = readable(&shared, &domain, &id)?;
+    let url = match shared.pack_url_valid {
+        Some(valid) => shared.lake.pack_url(&pack, valid).await?.map(|url| (url, valid)),
+        None => None,
+    };
+    let valid_s = url.as_ref().map_or(NO_URL_S, |(_, valid)| valid.as_secs());
+    let answer = PackUrl { url: url.map(|(url, _)| url), valid_s };
+    // A URL is a key: no proxy is to keep it.
+    Ok(([(header::CACHE_CONTROL, "no-store")], axum::Json(answer)).into_response())
+}
+
+/// The pack of this name, if it is of the domain that the cache's readers may read.
+fn readable(shared: &Parts, domain: &str, id: &str) -> Result<PackRef, HttpError> {
+    let name = format!("{domain}/{id}");
+    let pack: PackRef = name.parse().map_err(|_| HttpError::invalid(format!("{name:?} does not name a pack")))?;
+    if pack.domain == shared.cache.domain() {
+        return Ok(pack);
+    }
+    Err(HttpError::not_found(format!("there is no pack {pack}")))
 }
 
 /// The refusal of a range that ends beyond the end of its pack, if it does. Whoever took it from a location learns that

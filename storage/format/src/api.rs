@@ -12,6 +12,7 @@
 //! | `POST /missing` | [`MissingRequest`] | [`MissingResponse`] |
 //! | `POST /locate` | 32 bytes for each blob id | [`LocateResponse`] |
 //! | `GET /packs/<domain>/<ulid>` with `Range` | | bytes of the pack |
+//! | `GET /packs/<domain>/<ulid>/url` | | [`PackUrl`] |
 
 pub mod control;
 
@@ -170,6 +171,16 @@ impl LocateResponse {
         };
         self.locations.iter().map(|line| line.as_ref().map(place).transpose()).collect()
     }
+}
+
+/// Answer of `GET /packs/<domain>/<ulid>/url`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct PackUrl {
+    /// A URL at which the pack's bytes can be read by ranges, without a token; null where the server offers none. What
+    /// it reads is no more to be believed than what the server sends.
+    pub url: Option<String>,
+    /// For how many seconds it is valid; where there is none, for how many there is no use in asking again.
+    pub valid_s: u64,
 }
 
 #[cfg(test)]
