@@ -157,6 +157,7 @@ async fn connect(config: &Config, mounter: &Mounter, metrics: &Metrics) -> anyho
     let settings = RemoteSettings {
         server: config.server.clone(),
         token: config.token.clone(),
+        token_file: config.token_file.clone(),
         deadline: inside(config.deadline, 2),
     };
     let default_dir = StoreDir::default();

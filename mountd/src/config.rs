@@ -93,6 +93,8 @@ pub struct Config {
     pub server: Url,
     /// The token itself.
     pub token: Option<String>,
+    /// Where it is from.
+    pub token_file: Option<PathBuf>,
     /// Keys given; none if the server is to be asked.
     pub trusted_keys: Vec<PublicKey>,
     /// Time limit of every operation.
@@ -223,6 +225,7 @@ impl Settings {
                 reason,
             })?);
         }
+        let token_file = self.token_file.clone();
         let token = self.token_file.map(|path| {
             let text = fs::read_to_string(&path);
             let text = text.map_err(|source| ConfigError::Read { path, source })?;
@@ -241,6 +244,7 @@ impl Settings {
         Ok(Config {
             server: parse_url(server)?,
             token: token.transpose()?,
+            token_file,
             trusted_keys,
             deadline: Duration::from_secs(deadline_s),
             on_outage: self.on_outage.unwrap_or_default(),

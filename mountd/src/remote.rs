@@ -4,28 +4,42 @@
 //! a delay, not an error. A marked 404 for a path record is an answer, and the only one that means "does not exist".
 //! What comes back is bounded before it is parsed, and believed by nobody yet: records go through `trust`, content
 //! through the fetch engine's hashes.
+//!
+//! One attempt never takes the time of all: a connection that is silent, or as good as, is left for another. Where the
+//! server gives out URLs of packs, they are read straight from the bucket ([`direct`]), else and if that fails through
+//! the server. A token that is not taken is read from its file again.
+
+mod answer;
+mod direct;
+mod error;
+mod token;
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use narlake_format::api::{self, ClosureLine, ClosureRequest, Info, LocateResponse};
-use narlake_format::error::FormatError;
 use narlake_format::id::BlobId;
 use narlake_format::lake::location::{Location, PackRef};
-use narlake_format::lake::record::{PathRecord, RecordError};
+use narlake_format::lake::record::PathRecord;
 use narlake_format::limits::{CLOSURE_MAX, NARINFO_MAX, PACK_MAX};
 use narlake_format::nix::store_path::{StoreDir, StorePathHash};
 use narlake_storage::ErrorKind;
 use narlake_storage::fetch::BlobSource;
 use reqwest::header::{AUTHORIZATION, CONTENT_RANGE, RANGE};
-use reqwest::{Client, Method, Response, StatusCode, Url};
+use reqwest::{Client, Method, StatusCode, Url};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+use self::answer::Answer;
+use self::direct::Direct;
+pub use self::error::{Cause, RemoteError};
+use self::token::Token;
 use crate::metrics::Metrics;
 use crate::view::RecordSource;
 
@@ -36,8 +50,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Time for a connection to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest silence of a server that has begun to answer, or that has been asked.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Longest and shortest time, by the deadline of all attempts, for an answer to begin, and then to bring something.
+const PATIENCE_MAX: Duration = Duration::from_secs(10);
+const PATIENCE_MIN: Duration = Duration::from_secs(2);
+
+/// Attempts that fit into the deadline even if each of them is silent.
+const ATTEMPTS_SILENT: u32 = 3;
 
 /// Reads of packs at once.
 const READS_MAX: usize = 16;
@@ -55,97 +73,10 @@ pub struct RemoteSettings {
     pub server: Url,
     /// Sent as a bearer token, if set.
     pub token: Option<String>,
+    /// Where the token is from: it is read again when the server does not take it any more.
+    pub token_file: Option<PathBuf>,
     /// Time limit of one request, further attempts included.
     pub deadline: Duration,
-}
-
-/// Why the server did not give what it was asked for.
-#[derive(Debug, thiserror::Error)]
-#[error("{operation} {key}")]
-pub struct RemoteError {
-    /// What was asked, as a verb.
-    pub operation: &'static str,
-    /// For what.
-    pub key: String,
-    /// What went wrong.
-    #[source]
-    pub cause: Cause,
-}
-
-/// What went wrong with a request.
-#[derive(Debug, thiserror::Error)]
-pub enum Cause {
-    /// No answer, or none that is HTTP.
-    #[error("talk to the server")]
-    Transport(#[source] reqwest::Error),
-    /// The server says no.
-    #[error("server answers {status}: {text}")]
-    Status {
-        /// The HTTP status.
-        status: u16,
-        /// The start of its text.
-        text: String,
-    },
-    /// The time was up; the last attempt ended like this.
-    #[error("no answer within {limit_ms} ms")]
-    Deadline {
-        /// The limit, in milliseconds.
-        limit_ms: u64,
-        /// How the last attempt ended.
-        #[source]
-        last: Option<Box<Cause>>,
-    },
-    /// The answer is larger than any answer to this should be.
-    #[error("answer is longer than {max} bytes")]
-    TooLarge {
-        /// The limit, in bytes.
-        max: usize,
-    },
-    /// The answer is not the JSON it should be.
-    #[error("parse the answer")]
-    Json(#[source] serde_json::Error),
-    /// The answer is JSON, with values that it should not have.
-    #[error("parse the answer")]
-    Format(#[source] FormatError),
-    /// The server itself says that it has no such path.
-    #[error("not in the cache")]
-    Absent,
-    /// The server itself says that what it has stored is missing or damaged; the start of its text.
-    #[error("the server cannot read what it has stored: {0}")]
-    Damaged(String),
-    /// The record is not one.
-    #[error("parse the path record")]
-    Record(#[source] RecordError),
-    /// The answer is not complete, or not to this question.
-    #[error("{0}")]
-    Incomplete(&'static str),
-}
-
-impl RemoteError {
-    /// What a caller does about it.
-    #[must_use]
-    pub const fn kind(&self) -> ErrorKind {
-        self.cause.kind()
-    }
-}
-
-impl Cause {
-    const fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Transport(_) | Self::Deadline { .. } => ErrorKind::Unavailable,
-            Self::Status { status, .. } => match *status {
-                401 | 403 | 407 => ErrorKind::Denied,
-                404 | 410 => ErrorKind::NotFound,
-                408 | 425 | 429 | 500.. => ErrorKind::Unavailable,
-                _ => ErrorKind::Invalid,
-            },
-            Self::Absent => ErrorKind::NotFound,
-            Self::TooLarge { .. } => ErrorKind::TooLarge,
-            Self::Damaged(_) | Self::Json(_) | Self::Format(_) | Self::Record(_) => ErrorKind::Corrupt,
-            // Most often a connection that broke.
-            Self::Incomplete(_) => ErrorKind::Unavailable,
-        }
-    }
 }
 
 /// A server.
@@ -153,6 +84,10 @@ impl Cause {
 pub struct Remote {
     settings: RemoteSettings,
     client: Client,
+    token: Arc<Token>,
+    direct: Arc<Direct>,
+    /// Varies the pauses between attempts; only has to differ.
+    jitter: Arc<AtomicU64>,
     /// What record texts are parsed for; known once the server or the configuration has said.
     store_dir: StoreDir,
     /// Turns to read packs.
@@ -169,10 +104,18 @@ impl Remote {
         let client = Client::builder()
             .user_agent(concat!("narlake-mountd/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(SILENCE_MAX)
             .build()?;
         let reads = Arc::new(Semaphore::new(READS_MAX));
-        Ok(Self { settings, client, store_dir, reads, metrics: metrics.clone() })
+        let token = Arc::new(Token::new(settings.token.clone(), settings.token_file.clone()));
+        let direct = Arc::new(Direct::new(settings.server.scheme() == "https")?);
+        // Workers that start together should not try again together.
+        let jitter = Arc::new(AtomicU64::new(u64::from(std::process::id())));
+        Ok(Self { settings, client, token, direct, jitter, store_dir, reads, metrics: metrics.clone() })
+    }
+
+    /// Longest time for one attempt to bring anything.
+    fn patience(&self) -> Duration {
+        (self.settings.deadline / ATTEMPTS_SILENT).clamp(PATIENCE_MIN, PATIENCE_MAX)
     }
 
     /// The same server, about paths of another store.
@@ -189,7 +132,7 @@ impl Remote {
     pub async fn info(&self) -> Result<Info, RemoteError> {
         self.ask("info", "", || async {
             let response = self.send(Method::GET, "info", None, None).await?;
-            json(&self.body(response, SMALL_MAX).await?)
+            json(&response.body(SMALL_MAX).await?)
         })
         .await
     }
@@ -225,21 +168,36 @@ impl Remote {
         let mut pause = PAUSE_MIN;
         let mut last = None;
         loop {
+            let shown = self.token.current();
             let cause = match tokio::time::timeout_at(until, attempt()).await {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(cause)) => cause,
                 Err(_) => return Err(Cause::Deadline { limit_ms, last }),
             };
-            if cause.kind() != ErrorKind::Unavailable {
+            if let Cause::Status { status: 401, text } = cause {
+                if self.token.renew(shown).await {
+                    continue;
+                }
+                return Err(self.token.refused(text));
+            }
+            if !cause.passes() {
                 return Err(cause);
             }
-            if Instant::now() + pause >= until {
+            let wait = self.vary(pause);
+            if Instant::now() + wait >= until {
                 return Err(Cause::Deadline { limit_ms, last: Some(Box::new(cause)) });
             }
             last = Some(Box::new(cause));
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(wait).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
+    }
+
+    /// Between half of a pause and one and a half.
+    fn vary(&self, pause: Duration) -> Duration {
+        let seed = self.jitter.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let mixed = (seed ^ (seed >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 48;
+        pause.mul_f64(0.5 + mixed as f64 / f64::from(1_u32 << 16))
     }
 
     /// Sends one request; an answer that is not 2xx is an error.
@@ -249,10 +207,10 @@ impl Remote {
         path: &str,
         body: Option<(&'static str, Bytes)>,
         range: Option<&Range<u64>>,
-    ) -> Result<Response, Cause> {
+    ) -> Result<Answer, Cause> {
         let base = self.settings.server.as_str().trim_end_matches('/');
         let mut request = self.client.request(method, format!("{base}{}/{path}", api::PREFIX));
-        if let Some(token) = &self.settings.token {
+        if let Some(token) = self.token.current() {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
         }
         if let Some(range) = range {
@@ -261,7 +219,7 @@ impl Remote {
         if let Some((media_type, body)) = body {
             request = request.header(reqwest::header::CONTENT_TYPE, media_type).body(body);
         }
-        let response = request.send().await.map_err(Cause::Transport)?;
+        let response = Answer::to(request, self.patience(), &self.metrics.remote_received_bytes).await?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -270,29 +228,12 @@ impl Remote {
             return Err(Cause::Absent);
         }
         let damaged = response.headers().contains_key(api::DAMAGED_HEADER);
-        let text = self.body(response, SMALL_MAX).await.unwrap_or_default();
+        let text = response.body(SMALL_MAX).await.unwrap_or_default();
         let text: String = String::from_utf8_lossy(&text).trim().chars().take(200).collect();
         if damaged {
             return Err(Cause::Damaged(text));
         }
         Err(Cause::Status { status: status.as_u16(), text })
-    }
-
-    /// The whole body, if it is not longer than `max`.
-    async fn body(&self, mut response: Response, max: usize) -> Result<Bytes, Cause> {
-        let too_large = || Cause::TooLarge { max };
-        if response.content_length().is_some_and(|length| length > max as u64) {
-            return Err(too_large());
-        }
-        let mut body = BytesMut::new();
-        while let Some(part) = response.chunk().await.map_err(Cause::Transport)? {
-            self.metrics.remote_received_bytes.inc_by(part.len() as u64);
-            if body.len() + part.len() > max {
-                return Err(too_large());
-            }
-            body.extend_from_slice(&part);
-        }
-        Ok(body.freeze())
     }
 
     /// Reads a closure's lines; nothing is handed on before the last of them has come.
@@ -302,8 +243,7 @@ impl Remote {
         let (mut records, mut missing) = (Vec::new(), Vec::new());
         let mut done = None;
         let mut buffer = BytesMut::new();
-        while let Some(part) = response.chunk().await.map_err(Cause::Transport)? {
-            self.metrics.remote_received_bytes.inc_by(part.len() as u64);
+        while let Some(part) = response.part().await? {
             buffer.extend_from_slice(&part);
             while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
                 let line = buffer.split_to(end + 1);
@@ -344,7 +284,7 @@ impl RecordSource for Remote {
                 }
                 other => other?,
             };
-            let text = self.body(response, NARINFO_MAX).await?;
+            let text = response.body(NARINFO_MAX).await?;
             let record = PathRecord::parse(&self.store_dir, &text).map_err(Cause::Record)?;
             if record.info().store_path.hash != *hash {
                 return Err(Cause::Incomplete("the record is of another path"));
@@ -379,7 +319,7 @@ impl BlobSource for Remote {
         let located = self.ask("locate", &key, || async {
             let body = Some(("application/octet-stream", body.clone()));
             let response = self.send(Method::POST, "locate", body, None).await?;
-            let answer: LocateResponse = json(&self.body(response, max).await?)?;
+            let answer: LocateResponse = json(&response.body(max).await?)?;
             let locations = answer.locations().map_err(Cause::Format)?;
             if locations.len() == ids.len() {
                 Ok(locations)
@@ -396,11 +336,14 @@ impl BlobSource for Remote {
         let read = self.ask("read", pack, || async {
             // For this attempt alone: a pack that is tried for long keeps nobody from the others while it pauses.
             let _turn = self.reads.acquire().await;
+            if let Some(bytes) = self.read_direct(pack, &range).await {
+                return Ok(bytes);
+            }
             let response = self.send(Method::GET, &path, None, Some(&range)).await?;
             if response.status() != StatusCode::PARTIAL_CONTENT {
                 return Err(Cause::Incomplete("the server does not answer with a range"));
             }
-            let bytes = self.body(response, length.min(PACK_MAX)).await?;
+            let bytes = response.body(length.min(PACK_MAX)).await?;
             if bytes.len() == length { Ok(bytes) } else { Err(Cause::Incomplete("the pack's bytes broke off")) }
         });
         Ok(read.await?)
@@ -416,14 +359,6 @@ impl BlobSource for Remote {
             total.ok_or(Cause::Incomplete("the server does not say how long the pack is"))
         });
         Ok(size.await?)
-    }
-}
-
-impl From<RemoteError> for narlake_storage::Error {
-    fn from(error: RemoteError) -> Self {
-        let RemoteError { operation, key, cause } = error;
-        let kind = cause.kind();
-        Self::Bucket { operation, key, kind, source: cause.into() }
     }
 }
 

@@ -40,6 +40,7 @@ async fn server(answers: Vec<Vec<u8>>) -> (Remote, Arc<AtomicUsize>, Arc<tokio::
     let settings = RemoteSettings {
         server: format!("http://{address}/cache").parse().unwrap(),
         token: Some("secret".into()),
+        token_file: None,
         deadline: Duration::from_secs(2),
     };
     (Remote::new(settings, StoreDir::default(), &Metrics::new()).unwrap(), count, heads)
