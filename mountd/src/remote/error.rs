@@ -111,11 +111,16 @@ impl Cause {
     pub(super) fn transport(error: reqwest::Error) -> Self {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
         while let Some(inner) = cause {
+            let io = inner.downcast_ref::<io::Error>();
             // What the TLS library refuses comes as invalid data of the connection.
-            if inner.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::InvalidData) {
+            if io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData) {
                 return Self::Tls(error);
             }
-            cause = inner.source();
+            // An I/O error that wraps another does not call it its source.
+            cause = match io.and_then(io::Error::get_ref) {
+                Some(wrapped) => Some(wrapped),
+                None => inner.source(),
+            };
         }
         Self::Transport(error)
     }

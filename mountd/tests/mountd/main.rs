@@ -1,4 +1,4 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`, `ahead`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`, `ahead`, `server`, `direct`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
 //! `survive`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
@@ -6,6 +6,7 @@
 
 mod ahead;
 mod control;
+mod direct;
 mod elsewhere;
 mod kit;
 mod mounted;
