@@ -1,5 +1,7 @@
 //! The fetch engine over a source that a test controls.
 
+mod ahead;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -29,6 +31,10 @@ struct Shelf {
     silent: AtomicBool,
     /// Harm done to the next read, and to no other.
     flip_next: AtomicBool,
+    /// The next read is never answered.
+    stall_next: AtomicBool,
+    /// What the next read answers with, instead of what it should.
+    lie_next: Mutex<Option<Bytes>>,
 }
 
 fn pack(n: u128) -> PackRef {
@@ -80,10 +86,13 @@ impl BlobSource for Shelf {
 
     async fn read(&self, pack: &PackRef, range: Range<u64>) -> Result<Bytes, Error> {
         self.reads.lock().unwrap().push(range.clone());
-        if self.silent.load(Ordering::SeqCst) {
+        if self.silent.load(Ordering::SeqCst) || self.stall_next.swap(false, Ordering::SeqCst) {
             std::future::pending::<()>().await;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
+        if let Some(lie) = self.lie_next.lock().unwrap().take() {
+            return Ok(lie);
+        }
         let bytes = self.packs.lock().unwrap().get(pack).cloned().ok_or_else(|| Error::Bucket {
             operation: "read",
             key: pack.to_string(),
@@ -188,6 +197,26 @@ async fn a_bit_flips_once() {
         assert!(fetcher.fetch(&chunks(&ids)).await.unwrap() == [content[0].clone()]);
         assert_eq!(shelf.reads(), 2);
         assert!(shelf.reported.lock().unwrap().is_empty(), "once is no damage");
+    }
+}
+
+/// A source that answers with fewer bytes, more, others or none is asked again, and believed in nothing.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_lies() {
+    let content = blobs(3);
+    for lie in [Vec::new(), vec![0; 5], content[0].clone(), noise(9, 10_000), noise(9, 50_000), vec![0xf1; 10_100]] {
+        let shelf = Arc::new(Shelf::default());
+        let ids = shelf.put(1, &content);
+        let fetcher = fetcher(&shelf);
+        *shelf.lie_next.lock().unwrap() = Some(lie.clone().into());
+        let found = fetcher.fetch(&chunks(&ids)).await.unwrap();
+        assert!(found.iter().zip(&content).all(|(found, content)| found == content), "{} bytes", lie.len());
+        // The same at every read is an error, in time.
+        let other = Fetcher::new(Arc::clone(&shelf) as _, FetchSettings::default());
+        for _ in 0..4 {
+            *shelf.lie_next.lock().unwrap() = Some(lie.clone().into());
+            let _ = other.fetch(&chunks(&ids[..1])).await.map(|found| assert!(found == [content[0].clone()]));
+        }
     }
 }
 
