@@ -4,11 +4,12 @@
 mod seaweedfs;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::TryStreamExt;
-use narlake_storage::Metrics;
 use narlake_storage::bucket::meter::Meter;
 use narlake_storage::bucket::retry::{Retry, RetrySettings};
+use narlake_storage::{Bucket, Metrics};
 use object_store::integration as suite;
 use object_store::limit::LimitStore;
 use object_store::local::LocalFileSystem;
@@ -99,4 +100,34 @@ async fn s3() {
     // folders and finds what is in them missing; and we never copy, where its errors differ.
     check_list_after_keys(&stacked(make("list_after_keys"))).await;
     suite::multipart_out_of_order(&stacked(make("multipart_out_of_order"))).await;
+    check_signed_urls(&service).await;
+}
+
+/// A signed URL reads a range of its object without keys, for as long as was said, and no other object.
+async fn check_signed_urls(service: &SeaweedFs) {
+    let metrics = Metrics::new(&Registry::new());
+    let read = |url: String| async move {
+        let output = tokio::process::Command::new("curl")
+            .args(["--silent", "--max-time", "10", "--write-out", "\n%{http_code}", "--range", "3-5", &url])
+            .output()
+            .await
+            .expect("curl runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for prefix in [None, Some("some/prefix")] {
+        let bucket = Bucket::s3(&service.settings(prefix), &metrics).unwrap();
+        bucket.put_new("packs/public/01a", b"0123456789".to_vec()).await.unwrap();
+        bucket.put_new("packs/public/01b", b"other".to_vec()).await.unwrap();
+        let url = |valid_s| {
+            let bucket = bucket.clone();
+            async move { bucket.signed_url("packs/public/01a", Duration::from_secs(valid_s)).await.unwrap().unwrap() }
+        };
+        assert_eq!(read(url(60).await).await, "345\n206");
+        let other = url(60).await.replace("01a", "01b");
+        assert!(read(other).await.ends_with("\n403"));
+        let short = url(1).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(read(short).await.ends_with("\n403"));
+    }
+    assert_eq!(Bucket::memory(&metrics).signed_url("packs/public/01a", Duration::from_secs(60)).await.unwrap(), None);
 }

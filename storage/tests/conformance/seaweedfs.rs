@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use narlake_storage::bucket::S3Settings;
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
@@ -71,6 +72,19 @@ impl SeaweedFs {
             .with_secret_access_key(SECRET)
             .build()
             .unwrap()
+    }
+
+    /// The same bucket, for the engine.
+    pub(crate) fn settings(&self, prefix: Option<&str>) -> S3Settings {
+        S3Settings {
+            bucket: BUCKET.into(),
+            prefix: prefix.map(Into::into),
+            endpoint: Some(self.endpoint.clone()),
+            region: None,
+            access_key_id: Some(KEY.into()),
+            secret_access_key: Some(SECRET.into()),
+            session_token: None,
+        }
     }
 
     /// Its first requests are refused while it starts.
