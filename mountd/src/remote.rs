@@ -219,7 +219,7 @@ impl Remote {
         if let Some((media_type, body)) = body {
             request = request.header(reqwest::header::CONTENT_TYPE, media_type).body(body);
         }
-        let response = Answer::to(request, self.patience(), &self.metrics.remote_received_bytes).await?;
+        let response = Answer::to(request, self.patience(), &self.metrics).await?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

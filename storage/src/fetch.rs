@@ -19,8 +19,8 @@ mod decode;
 mod flight;
 mod frames;
 mod hedge;
-mod metrics;
 mod places;
+mod stats;
 mod turns;
 
 use std::collections::{HashMap, HashSet};
@@ -37,10 +37,11 @@ use tokio::sync::Semaphore;
 
 pub use self::flight::Nearness;
 use self::flight::{Flights, FrameKey, Reads};
-pub use self::metrics::{FetchMetrics, FetchStats};
 use self::places::Places;
+pub use self::stats::FetchStats;
 pub use self::turns::Interest;
 use crate::error::{Error, ErrorKind};
+pub use crate::metrics::FetchMetrics;
 
 /// Where blobs come from: a bucket with an index beside it, or a server.
 #[async_trait]
@@ -145,7 +146,7 @@ impl Fetcher {
     /// What has been moved so far.
     #[must_use]
     pub fn stats(&self) -> FetchStats {
-        self.inner.metrics.stats()
+        FetchStats::of(&self.inner.metrics)
     }
 
     /// Where a blob is, as far as that is known without asking.
@@ -188,9 +189,9 @@ impl Fetcher {
     }
 
     /// Runs work that nobody waits for, unless there is much of it, for no longer than a call may take.
-    fn spawn<F: Future<Output = ()> + Send>(&self, work: impl FnOnce(Self) -> F + Send + 'static)
+    fn spawn<F>(&self, work: impl FnOnce(Self) -> F + Send + 'static)
     where
-        F: 'static,
+        F: Future<Output = ()> + Send + 'static,
     {
         let Ok(turn) = Arc::clone(&self.inner.background).try_acquire_owned() else { return };
         let fetcher = self.clone();

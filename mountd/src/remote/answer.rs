@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use prometheus::IntCounter;
 use reqwest::header::HeaderMap;
 use reqwest::{RequestBuilder, Response, StatusCode};
 use tokio::time::Instant;
 
 use super::Cause;
+use crate::metrics::Metrics;
 
 /// Bytes that an answer which has not ended must bring in the time that is given it to bring something: less is as good
 /// as silence, and another connection may do better.
@@ -21,19 +21,19 @@ pub(super) struct Answer {
     received: usize,
     /// Until when there must be so many bytes.
     next: (Instant, usize),
-    count: IntCounter,
+    metrics: Metrics,
 }
 
 impl Answer {
     /// Sends a request; its answer must begin within `patience`, and bring something each time as long. Bytes of its
     /// body are counted.
-    pub(super) async fn to(request: RequestBuilder, patience: Duration, count: &IntCounter) -> Result<Self, Cause> {
+    pub(super) async fn to(request: RequestBuilder, patience: Duration, metrics: &Metrics) -> Result<Self, Cause> {
         let Ok(response) = tokio::time::timeout(patience, request.send()).await else {
             return Err(slow(0, patience));
         };
         let response = response.map_err(Cause::transport)?;
         let next = (Instant::now() + patience, PROGRESS);
-        Ok(Self { response, patience, received: 0, next, count: count.clone() })
+        Ok(Self { response, patience, received: 0, next, metrics: metrics.clone() })
     }
 
     pub(super) fn status(&self) -> StatusCode {
@@ -52,7 +52,7 @@ impl Answer {
         };
         let received = self.received;
         let Some(part) = part.map_err(|source| Cause::Cut { received, source })? else { return Ok(None) };
-        self.count.inc_by(part.len() as u64);
+        self.metrics.remote_received_bytes.inc_by(part.len() as u64);
         self.received += part.len();
         if self.received >= bytes {
             self.next = (Instant::now() + self.patience, self.received + PROGRESS);

@@ -162,7 +162,7 @@ impl Remote {
     async fn read_at(&self, url: &Url, range: &Range<u64>) -> Read {
         let request = self.direct.client.get(url.clone());
         let request = request.header(RANGE, format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
-        let answer = match Answer::to(request, PATIENCE, &self.metrics.remote_received_bytes).await {
+        let answer = match Answer::to(request, PATIENCE, &self.metrics).await {
             Ok(answer) => answer,
             Err(cause) => return Read::Failed(cause),
         };

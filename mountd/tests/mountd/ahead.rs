@@ -162,8 +162,8 @@ async fn a_program_starts_far_away() {
         let lib = dir([("lib", dir([("lib.so", file(code(n, 1 << 20))), ("lib.a", file(code(100 + n, 1 << 20)))]))]);
         libraries.push(world.push(&format!("library-{n}"), &lib, &[]).await);
     }
-    let modules: BTreeMap<Vec<u8>, Node> = (0..300)
-        .map(|n| (format!("m{n:03}.pyc").into_bytes(), file(code(1000 + n, 4_000 + (n as usize * 997) % 40_000))))
+    let modules: BTreeMap<Vec<u8>, Node> = (0..300_usize)
+        .map(|n| (format!("m{n:03}.pyc").into_bytes(), file(code(1000 + n as u64, 4_000 + (n * 997) % 40_000))))
         .collect();
     let program = dir([
         ("bin", dir([("python", file(code(50, 4 << 20)))])),

@@ -4,7 +4,7 @@ use reqwest::Method;
 
 use super::common::*;
 use narlake_format::api::{
-    ClosureLine, ClosureRequest, Info, LocateResponse, MissingRequest, MissingResponse, encode_locate,
+    ClosureLine, ClosureRequest, Info, LocateResponse, MissingRequest, MissingResponse, PackUrl, encode_locate,
 };
 use narlake_format::id::BlobId;
 use narlake_format::lake::record::PathRecord;
@@ -141,6 +141,19 @@ async fn locate_and_read() {
     for body in [vec![0; 31], vec![0; 33]] {
         assert_eq!(server.call(Method::POST, "api/v1/locate", body).await.0, 400);
     }
+}
+
+/// A directory as a bucket signs nothing: that is an answer, and says for how long it is one.
+#[tokio::test]
+async fn no_urls_of_packs_without_s3() {
+    let server = Server::start().await;
+    let (status, text) = server.get("api/v1/packs/public/01arz3ndektsv4rrffq69g5fav/url").await;
+    let answer: PackUrl = serde_json::from_str(&text).unwrap();
+    assert_eq!((status.as_u16(), answer.url), (200, None));
+    assert!(answer.valid_s >= 60);
+    assert_eq!(server.get("api/v1/packs/public/nonsense/url").await.0, 400);
+    let other = "api/v1/packs/01arz3ndektsv4rrffq69g5fav/01arz3ndektsv4rrffq69g5fav/url";
+    assert_eq!(server.get(other).await.0, 404, "of another domain");
 }
 
 /// A pack of another domain is not there, whether it is or not.

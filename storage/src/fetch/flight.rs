@@ -18,10 +18,10 @@ use super::coalesce::{READ_MAX, Span, coalesce};
 use super::decode::{between, decode_with};
 use super::frames::Frames;
 use super::hedge::Hedge;
-use super::metrics::FetchMetrics;
 use super::turns::{Interest, Ticket, Turns};
 use super::{BlobSource, FetchSettings};
 use crate::error::{Error, ErrorKind};
+use crate::metrics::FetchMetrics;
 use crate::pack;
 
 /// A frame, by where it is.

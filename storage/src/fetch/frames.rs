@@ -16,7 +16,7 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use tokio::time::Instant;
 
 use super::flight::FrameKey;
-use super::metrics::FetchMetrics;
+use crate::metrics::FetchMetrics;
 
 /// Bytes that may be read on suspicion before anything was asked for.
 const CREDIT_FIRST: u64 = 512 << 10;
