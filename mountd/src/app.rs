@@ -19,6 +19,7 @@ use crate::cache::{Cache, CacheSettings};
 use crate::config::Config;
 use crate::control::{Control, Identity};
 use crate::fs::nodes::NodeTable;
+use crate::fs::trees::Trees;
 use crate::fs::{LazyStore, StoreSettings};
 use crate::fuse::Shim;
 use crate::fuse::mount;
@@ -248,9 +249,10 @@ impl Daemon {
             needed: vec![config.cache_dir.clone(), config.nix_socket.clone(), config.control.clone()],
             files: own_files(config)?,
         };
-        let (cache, nodes, metadata) = blocking({
+        let (cache, nodes, metadata, trees) = blocking({
             let (dir, metrics, own) = (config.cache_dir.clone(), metrics.clone(), own.clone());
             let (keys, metadata_bytes) = (keys.clone(), config.metadata_bytes);
+            let tree_disk_bytes = config.tree_disk_bytes;
             let settings = CacheSettings { bytes_max: config.cache_bytes };
             move || -> anyhow::Result<_> {
                 Overlays::check_own(&own)?;
@@ -258,7 +260,8 @@ impl Daemon {
                 let nodes = NodeTable::open(&dir.join("nodes"), cache.booted_since())?;
                 metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
                 let metadata = Metadata::open(&dir, metadata_bytes, keys, &metrics).context("open the metadata")?;
-                Ok((Arc::new(cache), Arc::new(nodes), Arc::new(metadata)))
+                let trees = Trees::open(&dir, tree_disk_bytes, &metrics).context("open the trees")?;
+                Ok((Arc::new(cache), Arc::new(nodes), Arc::new(metadata), Arc::new(trees)))
             }
         })
         .await??;
@@ -281,7 +284,7 @@ impl Daemon {
         let settings = ViewSettings { deadline: inside(config.deadline, 1), on_outage: config.on_outage };
         let parts = (blobs.clone(), Arc::clone(&nodes), Arc::clone(&overlays));
         let view = View::new(records, keys, parts, settings, metrics);
-        let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes };
+        let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes, trees };
         let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &blobs, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
         let nix_listener = listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;

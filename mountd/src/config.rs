@@ -68,7 +68,10 @@ pub struct Settings {
     /// Most bytes of metadata on disk, with which the view goes on when the server does not answer [default: 1 GiB]
     #[arg(long, env = "NARLAKE_MOUNTD_METADATA_BYTES", value_name = "N", help_heading = "Limits")]
     pub metadata_bytes: Option<u64>,
-    /// Most bytes of memory for trees of store objects [default: 128 MiB]
+    /// Most bytes of trees of store objects on disk [default: 2 GiB]
+    #[arg(long, env = "NARLAKE_MOUNTD_TREE_DISK_BYTES", value_name = "N", help_heading = "Limits")]
+    pub tree_disk_bytes: Option<u64>,
+    /// Most bytes of memory for trees of store objects that the disk does not take [default: 128 MiB]
     #[arg(long, env = "NARLAKE_MOUNTD_TREE_BYTES", value_name = "N", help_heading = "Limits")]
     pub tree_bytes: Option<u64>,
     /// Most bytes of memory for decompressed content [default: 64 MiB]
@@ -117,6 +120,8 @@ pub struct Config {
     pub cache_bytes: u64,
     /// Most bytes of metadata on disk.
     pub metadata_bytes: u64,
+    /// Most bytes of trees on disk.
+    pub tree_disk_bytes: u64,
     /// Most bytes of trees in memory.
     pub tree_bytes: u64,
     /// Most bytes of decoded frames in memory.
@@ -200,6 +205,7 @@ impl Settings {
             control: self.control.or(under.control),
             cache_bytes: self.cache_bytes.or(under.cache_bytes),
             metadata_bytes: self.metadata_bytes.or(under.metadata_bytes),
+            tree_disk_bytes: self.tree_disk_bytes.or(under.tree_disk_bytes),
             tree_bytes: self.tree_bytes.or(under.tree_bytes),
             frame_bytes: self.frame_bytes.or(under.frame_bytes),
             allow_old_kernel: self.allow_old_kernel || under.allow_old_kernel,
@@ -256,6 +262,7 @@ impl Settings {
             control: absolute(self.control, "--control")?,
             cache_bytes: self.cache_bytes.unwrap_or(20 << 30),
             metadata_bytes: self.metadata_bytes.unwrap_or(1 << 30),
+            tree_disk_bytes: self.tree_disk_bytes.unwrap_or(2 << 30),
             tree_bytes: self.tree_bytes.unwrap_or(128 << 20),
             frame_bytes: self.frame_bytes.unwrap_or(64 << 20),
             allow_old_kernel: self.allow_old_kernel,

@@ -3,7 +3,7 @@
 //! The root of the mount is the store directory. It can be looked into by name only, and lists nothing: Nix's garbage
 //! collector would take what it lists for its own (docs/semantics.md). A name is a store path of the [`View`]; below
 //! it comes the object's tree, which never changes. A nodeid says for itself what it is, through the node table, so
-//! nothing is kept about what the kernel holds: no counts, no handles, and a daemon that is started again goes on where
+//! nothing is kept about what the kernel holds: no counts, no handles, nothing for FORGET to take back, and a daemon that is started again goes on where
 //! the last one stopped.
 //!
 //! Every operation ends within the deadline, and every failure is counted and logged here, with its path.
@@ -12,6 +12,7 @@ pub mod attr;
 pub mod error;
 pub mod nodes;
 pub mod tree;
+pub mod trees;
 
 mod objects;
 
@@ -26,8 +27,9 @@ use narlake_format::nix::store_path::StorePath;
 use self::attr::{Attr, Kind};
 use self::error::FsError;
 use self::nodes::{NodeId, NodeTable, ObjectKey};
-use self::objects::{Object, Objects};
+use self::objects::{Object, Objects, Origin};
 use self::tree::EntryNumber;
+use self::trees::Trees;
 use crate::cache::Cache;
 use crate::metadata::Blobs;
 use crate::metrics::Metrics;
@@ -50,8 +52,10 @@ pub enum Found {
 pub struct StoreSettings {
     /// Time limit of one operation.
     pub deadline: Duration,
-    /// Bytes of memory for trees.
+    /// Bytes of memory for trees that the disk does not take, and for what goes with those that it does.
     pub tree_bytes: u64,
+    /// Trees on disk.
+    pub trees: Arc<Trees>,
 }
 
 /// A store directory that fetches what is read. Cloning shares it.
@@ -63,8 +67,9 @@ pub struct LazyStore {
 struct Inner {
     view: View,
     nodes: Arc<NodeTable>,
-    objects: Objects,
-    reader: Reader,
+    origin: Origin,
+    objects: Arc<Objects>,
+    reader: Arc<Reader>,
     settings: StoreSettings,
     metrics: Metrics,
 }
@@ -97,9 +102,32 @@ impl LazyStore {
         settings: StoreSettings,
         metrics: &Metrics,
     ) -> Self {
-        let objects = Objects::new(blobs.clone(), view.clone(), settings.tree_bytes, metrics);
-        let reader = Reader::new(blobs.fetcher().clone(), cache, metrics);
-        Self { inner: Arc::new(Inner { view, nodes, objects, reader, settings, metrics: metrics.clone() }) }
+        let objects = Arc::new(Objects::new(Arc::clone(&settings.trees), settings.tree_bytes, metrics));
+        let reader = Arc::new(Reader::new(blobs.fetcher().clone(), cache, metrics));
+        let origin = Origin { blobs: blobs.clone(), view: view.clone() };
+        Self { inner: Arc::new(Inner { view, nodes, origin, objects, reader, settings, metrics: metrics.clone() }) }
+    }
+
+    /// A store of what another view shows, which shares nodeids, trees and content with this one: those are the same
+    /// whoever shows them. What is not at hand comes from `blobs`, or as for this one.
+    #[must_use]
+    pub fn of_view(&self, view: View, blobs: Option<Blobs>) -> Self {
+        let inner = &self.inner;
+        let reader = match &blobs {
+            Some(blobs) => Arc::new(inner.reader.of(blobs.fetcher().clone())),
+            None => Arc::clone(&inner.reader),
+        };
+        let blobs = blobs.unwrap_or_else(|| inner.origin.blobs.clone());
+        let inner = Inner {
+            origin: Origin { blobs, view: view.clone() },
+            view,
+            nodes: Arc::clone(&inner.nodes),
+            objects: Arc::clone(&inner.objects),
+            reader,
+            settings: inner.settings.clone(),
+            metrics: inner.metrics.clone(),
+        };
+        Self { inner: Arc::new(inner) }
     }
 
     /// The entry of this name in a directory. Cancel safe.
@@ -144,7 +172,7 @@ impl LazyStore {
             let (object, _, entry) = self.object(node).await?;
             let link = object.tree.link(entry).ok_or(FsError::WrongKind("a symlink"))?;
             let mut target = link.target.to_vec();
-            let patches = PatchList::resolve(link.patches, &object.table, target.len() as u64);
+            let patches = PatchList::resolve(&link.patches.to_vec(), &object.table, target.len() as u64);
             patches.map_err(FsError::Restore)?.restore(0, &mut target);
             Ok(target)
         };
@@ -200,7 +228,7 @@ impl LazyStore {
             Some(number) => number,
             None => self.number(key).await?,
         };
-        let object = self.inner.objects.get(number, || Some(ObjectKey::of(&record))).await?;
+        let object = self.inner.objects.get(number, &self.inner.origin, || Some(ObjectKey::of(&record))).await?;
         Ok(Found::Entry(attr(&object, NodeId::new(number, 0), 0)))
     }
 
@@ -223,7 +251,7 @@ impl LazyStore {
         let Some((number, entry)) = node.split() else {
             return Err(if node == NodeId::ROOT { FsError::IsDirectory } else { stale });
         };
-        let object = self.inner.objects.get(number, || self.inner.nodes.object(number)).await?;
+        let object = self.inner.objects.get(number, &self.inner.origin, || self.inner.nodes.object(number)).await?;
         if object.tree.kind(entry).is_none() {
             return Err(stale);
         }

@@ -76,7 +76,7 @@ impl Name {
 
 /// The length of a file.
 #[derive(Clone, Copy)]
-struct Length(u64);
+pub(crate) struct Length(pub(crate) u64);
 
 impl Weigh for Length {
     fn bytes(&self) -> u64 {
@@ -92,7 +92,7 @@ struct Unlink {
 
 /// Files to be unlinked, once no lock is held.
 #[derive(Default)]
-struct Evicted(Vec<PathBuf>);
+pub(crate) struct Evicted(pub(crate) Vec<PathBuf>);
 
 impl Lifecycle<Name, Length> for Unlink {
     type RequestState = Evicted;
@@ -252,7 +252,8 @@ impl Metadata {
     }
 }
 
-fn write_aside(temporary: &Path, to: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a file under another name and renames it; makes its directory if need be.
+pub(crate) fn write_aside(temporary: &Path, to: &Path, bytes: &[u8]) -> io::Result<()> {
     File::options().write(true).create_new(true).open(temporary)?.write_all(bytes)?;
     match fs::rename(temporary, to) {
         // The first of its directory.

@@ -77,6 +77,8 @@ pub struct Metrics {
     pub objects: IntGauge,
     /// Trees loaded.
     pub trees_loaded: IntCounter,
+    /// Bytes that trees of store objects take on disk.
+    pub tree_bytes: IntGauge,
     /// Names that the kernel was told do not exist, and that are remembered.
     pub negative_names: IntGauge,
     /// Overlays over the mount.
@@ -227,6 +229,7 @@ impl Metrics {
                 "narlake_mountd_trees_loaded_total",
                 "Trees of store objects loaded from manifests",
             ),
+            tree_bytes: gauge(&registry, "narlake_mountd_tree_bytes", "Bytes that trees of store objects take on disk"),
             negative_names: gauge(
                 &registry,
                 "narlake_mountd_negative_names",

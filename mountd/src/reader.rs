@@ -46,6 +46,9 @@ const WHOLE_MAX: u64 = 128 * 1024;
 /// The string table of an object counts for each of its files, so this is more than they take.
 const FILES_BYTES: u64 = 64 << 20;
 
+/// The same for a reader beside the first, of which there may be hundreds.
+const FILES_OF_VIEW_BYTES: u64 = 1 << 20;
+
 /// Bytes of a patch that has been placed in its file.
 const PLACED_PATCH: usize = 16;
 
@@ -71,7 +74,7 @@ pub struct Reader {
     cache: Arc<Cache>,
     views: Lru<NodeId, Arc<FileView>>,
     // Held to look up, insert or remove, never across an await. Invariant: an `Arc` in it is cloned under this lock.
-    fills: Mutex<HashMap<ContentId, Arc<Fill>>>,
+    fills: Arc<Mutex<HashMap<ContentId, Arc<Fill>>>>,
     metrics: Metrics,
 }
 
@@ -80,7 +83,15 @@ impl Reader {
     #[must_use]
     pub fn new(fetcher: Fetcher, cache: Arc<Cache>, metrics: &Metrics) -> Self {
         let (metrics, foresight) = (metrics.clone(), Foresight::new(fetcher.clone()));
-        Self { fetcher, foresight, cache, views: lru(4096, FILES_BYTES), fills: Mutex::default(), metrics }
+        Self { fetcher, foresight, cache, views: lru(4096, FILES_BYTES), fills: Arc::default(), metrics }
+    }
+
+    /// A reader that fetches from elsewhere, into the same cache. A file has one filler at a time among all of them.
+    #[must_use]
+    pub fn of(&self, fetcher: Fetcher) -> Self {
+        let (cache, fills, metrics) = (Arc::clone(&self.cache), Arc::clone(&self.fills), self.metrics.clone());
+        let foresight = Foresight::new(fetcher.clone());
+        Self { fetcher, foresight, cache, views: lru(64, FILES_OF_VIEW_BYTES), fills, metrics }
     }
 
     /// Up to `length` bytes of a file from `offset` on; fewer only at its end. Cancel safe: what was kept stays kept,
@@ -116,7 +127,7 @@ impl Reader {
                 let (content, patches) = (file.id.into(), PatchList::default());
                 return Ok(Arc::new(FileView { content, size: file.size, patches, table_bytes: 0 }));
             }
-            let patches = PatchList::resolve(file.patches, table, file.size).map_err(FsError::Restore)?;
+            let patches = PatchList::resolve(&file.patches.to_vec(), table, file.size).map_err(FsError::Restore)?;
             let (content, table_bytes) = (patches.content_id(&file.id), table.encoded_len());
             Ok(Arc::new(FileView { content, size: file.size, patches, table_bytes }))
         };

@@ -13,7 +13,7 @@
 //! neighbours are suspect (rule 7). A reader does where there is no other: it verifies what it gets.
 
 mod condemned;
-mod map;
+pub mod map;
 mod rebuild;
 mod refresh;
 

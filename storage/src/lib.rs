@@ -33,6 +33,7 @@ pub use bucket::Bucket;
 pub use clock::{Clock, Entropy, OsEntropy, SystemClock};
 pub use config::{Components, Settings};
 pub use error::{Error, ErrorKind, Rejection};
+pub use index::map;
 pub use ingest::{IngestStats, Ingested};
 pub use lake::{DocumentKey, Lake, LakeInfo, LakeStats};
 pub use metrics::Metrics;

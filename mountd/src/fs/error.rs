@@ -48,6 +48,9 @@ pub enum FsError {
     /// A string table or patch does not go with its manifest.
     #[error("restore store paths")]
     Restore(#[source] narlake_format::error::FormatError),
+    /// There is no memory for a tree.
+    #[error("make room for a tree")]
+    Memory(#[source] std::io::Error),
     /// The nodeid could not be recorded, so it cannot be given out.
     #[error("record the nodeid")]
     Nodes(#[source] NodeTableError),
@@ -68,6 +71,7 @@ impl FsError {
             | Self::Content(_)
             | Self::Manifest(_)
             | Self::Restore(_)
+            | Self::Memory(_)
             | Self::Nodes(_) => Errno::IO,
         }
     }
@@ -95,6 +99,7 @@ impl FsError {
             | Self::Content(_)
             | Self::Manifest(_)
             | Self::Restore(_)
+            | Self::Memory(_)
             | Self::Nodes(_) => true,
         }
     }

@@ -1,70 +1,65 @@
-//! A store object's tree, in memory: what the kernel asks about an object between its first lookup and its pages.
+//! A store object's tree: what the kernel asks about an object between its first lookup and its pages.
 //!
-//! Entries are numbered in NAR order, the root first, and lie in columns beside each other: a million files cost about
-//! a hundred megabytes. An entry is found in its directory by binary search, since NAR order is sorted bytewise. The
-//! tree holds scrubbed lengths and patches; restoring is done by whoever reads (`reader`).
+//! A tree is one stretch of bytes in columns that are read where they lie, so it is the same in a mapped file
+//! ([`super::trees`]) and in memory:
 //!
+//! ```text
+//! header       "NLTREE01"
+//!         32   ManifestId
+//!         36   numbers of entries, directories, children, files, links, chunks, patches, bytes of names, bytes of targets
+//!          4   zero
+//!         32   BLAKE3 of the 80 bytes before it and of all behind it
+//! chunk ends    8 per chunk: where it ends in its file
+//! sizes         8 per file
+//! patches      16 each: gap 8, string 4, whether only its hash part 4
+//! entries      12 each: the directory it is in 4, end of its name 4, kind (2 bits) and row of that kind (30 bits) 4
+//! directories   8 each: start and end of its children
+//! children      4 each: entries, each directory's side by side and sorted by name
+//! files        16 each: start and end of its chunks, start and end of its patches
+//! links        16 each: start and end of its target, start and end of its patches
+//! file ids     32 per file
+//! chunks       32 each
+//! names        end to end, that of the root empty
+//! targets      end to end, scrubbed
+//! ```
+//!
+//! Numbers are little endian; each column begins at a multiple of 8. What a listing or `stat` touches lies apart from
+//! what only reads of content need: of a million files the former is some 40 MiB, and the latter is never mapped in.
+//!
+//! Entries are numbered in NAR order, the root first. An entry is found in its directory by binary search, since NAR
+//! order is sorted bytewise. The tree holds scrubbed lengths and patches; restoring is done by whoever reads (`reader`).
 //! A tree is immutable, and determined by its manifest: entry numbers are the same in every process that loads it.
 
-use std::ops::Range;
+mod build;
+mod layout;
 
-use narlake_format::error::FormatError;
-use narlake_format::id::{ChunkId, FileId};
-use narlake_format::lake::manifest::ManifestEvent;
+use std::fs::File;
+use std::io::{self, Read};
+
+use narlake_format::id::{ChunkId, FileId, ManifestId};
 use narlake_format::lake::scrub::Patch;
+use narlake_storage::map::{MappedFile, column};
 
+pub use self::build::TreeBuilder;
+use self::layout::{CHECKED_LEN, Column, HEADER_LEN, Layout, PATCH_LEN};
 use crate::fs::attr::Kind;
 
 /// Number of an entry in its object; 0 is the object's root.
 pub type EntryNumber = u32;
 
+/// What a mapped tree counts for in memory, in bytes: its page tables and what the process keeps of it. It also bounds
+/// the number of maps, of which the kernel allows a process 65,530.
+const MAP_BYTES: u64 = 8192;
+
+/// Bytes that are read at once to verify a file.
+const READ: usize = 128 * 1024;
+
 /// One store object's tree.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Tree {
-    /// Names end to end, that of the root empty.
-    names: Vec<u8>,
-    /// Per entry: the directory it is in. The root is its own.
-    parents: Vec<EntryNumber>,
-    /// Per entry: where its name ends in `names`; it starts where the one before ends.
-    name_ends: Vec<u32>,
-    /// Per entry: what it is, and which row of `directories`, `files` or `links` describes it.
-    rows: Vec<Row>,
-    /// The children of all directories, each directory's side by side and sorted by name.
-    children: Vec<EntryNumber>,
-    /// Per directory: its children.
-    directories: Vec<Range<u32>>,
-    files: Vec<FileRow>,
-    links: Vec<LinkRow>,
-    /// Targets end to end, scrubbed.
-    targets: Vec<u8>,
-    chunks: Vec<ChunkId>,
-    /// Per chunk: where it ends in its file.
-    chunk_ends: Vec<u64>,
-    patches: Vec<Patch>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Row {
-    kind: Kind,
-    index: u32,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct FileRow {
-    id: FileId,
-    size: u64,
-    chunks_end: u32,
-    patches_end: u32,
-    chunks_start: u32,
-    patches_start: u32,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct LinkRow {
-    target_start: u32,
-    target_end: u32,
-    patches_start: u32,
-    patches_end: u32,
+    map: MappedFile,
+    layout: Layout,
+    on_disk: bool,
 }
 
 /// A file of a tree.
@@ -79,7 +74,7 @@ pub struct TreeFile<'a> {
     /// Per chunk, where it ends in the file.
     pub chunk_ends: &'a [u64],
     /// What was scrubbed out of it.
-    pub patches: &'a [Patch],
+    pub patches: Patches<'a>,
 }
 
 /// A symlink of a tree.
@@ -88,35 +83,103 @@ pub struct TreeLink<'a> {
     /// Its scrubbed target.
     pub target: &'a [u8],
     /// What was scrubbed out of it.
-    pub patches: &'a [Patch],
+    pub patches: Patches<'a>,
+}
+
+/// Patches as they lie in a tree.
+#[derive(Debug, Clone, Copy)]
+pub struct Patches<'a>(&'a [u8]);
+
+impl Patches<'_> {
+    /// There are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The patches.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<Patch> {
+        let (rows, _) = self.0.as_chunks::<PATCH_LEN>();
+        let patch = |row: &[u8; PATCH_LEN]| {
+            let [g0, g1, g2, g3, g4, g5, g6, g7, s0, s1, s2, s3, hash_only, ..] = *row;
+            Patch {
+                gap: u64::from_le_bytes([g0, g1, g2, g3, g4, g5, g6, g7]),
+                string: u32::from_le_bytes([s0, s1, s2, s3]),
+                hash_only: hash_only != 0,
+            }
+        };
+        rows.iter().map(patch).collect()
+    }
+}
+
+/// What was found of an entry.
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    kind: Kind,
+    index: usize,
 }
 
 impl Tree {
+    /// The tree in these bytes, which a [`TreeBuilder`] made, in memory.
+    ///
+    /// # Errors
+    /// When there is no memory, or the bytes are no tree.
+    pub fn in_memory(bytes: &[u8]) -> io::Result<Self> {
+        let layout = Layout::decode(bytes).filter(|layout| layout.len() == bytes.len());
+        let layout = layout.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a tree"))?;
+        Ok(Self { map: MappedFile::in_memory(bytes)?, layout, on_disk: false })
+    }
+
+    /// The tree of this manifest in a file, read through once to see that it is what was written; then mapped. `None`
+    /// if it is anything else. Blocks.
+    ///
+    /// # Errors
+    /// When the file cannot be read or mapped.
+    pub fn mapped(file: &File, manifest: &ManifestId) -> io::Result<Option<Self>> {
+        let mut header = [0; HEADER_LEN];
+        let mut reader = file;
+        match reader.read_exact(&mut header) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            read => read?,
+        }
+        let length = file.metadata()?.len();
+        let layout = Layout::decode(&header).filter(|layout| layout.len() as u64 == length);
+        let Some(layout) = layout.filter(|layout| layout.manifest == *manifest) else { return Ok(None) };
+        // By reads, not through the map: what is mapped in counts as memory of this process.
+        let mut hasher = blake3::Hasher::new();
+        let (checked, check) = header.split_at(CHECKED_LEN);
+        hasher.update(checked);
+        let mut buffer = vec![0; READ];
+        loop {
+            let read = reader.read(&mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            hasher.update(buffer.get(..read).unwrap_or_default());
+        }
+        if hasher.finalize().as_bytes() != check {
+            return Ok(None);
+        }
+        Ok(Some(Self { map: MappedFile::of(file)?, layout, on_disk: true }))
+    }
+
     /// Number of entries.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.rows.len()
+    pub const fn len(&self) -> usize {
+        self.layout.entries()
     }
 
     /// There is not even a root: no manifest gives such a tree.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
-    /// About how many bytes of memory it takes.
+    /// About how many bytes of this process's memory it takes that the kernel cannot take back.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let per = |count: usize, size: usize| (count * size) as u64;
-        size_of::<Self>() as u64
-            + per(self.names.len() + self.targets.len(), 1)
-            + per(self.parents.len() + self.name_ends.len() + self.children.len(), 4)
-            + per(self.rows.len(), size_of::<Row>())
-            + per(self.directories.len(), size_of::<Range<u32>>())
-            + per(self.files.len(), size_of::<FileRow>())
-            + per(self.links.len(), size_of::<LinkRow>())
-            + per(self.chunks.len(), size_of::<ChunkId>() + 8)
-            + per(self.patches.len(), size_of::<Patch>())
+        if self.on_disk { MAP_BYTES } else { self.map.as_ref().len() as u64 }
     }
 
     /// What the entry is; `None` if there is none of this number.
@@ -128,24 +191,24 @@ impl Tree {
     /// The directory that holds the entry; the root's is the root.
     #[must_use]
     pub fn parent(&self, entry: EntryNumber) -> Option<EntryNumber> {
-        self.parents.get(entry as usize).copied()
+        self.numbers::<3>(Column::Entries, entry as usize).map(|[parent, ..]| parent)
     }
 
     /// The entry's name; empty for the root.
     #[must_use]
     pub fn name(&self, entry: EntryNumber) -> &[u8] {
+        let end_of = |entry: usize| self.numbers::<3>(Column::Entries, entry).map_or(0, |[_, end, _]| end as usize);
         let entry = entry as usize;
-        let start = entry.checked_sub(1).and_then(|before| self.name_ends.get(before)).copied().unwrap_or(0);
-        let end = self.name_ends.get(entry).copied().unwrap_or(start);
-        self.names.get(start as usize..end as usize).unwrap_or_default()
+        let start = entry.checked_sub(1).map_or(0, end_of);
+        self.column(Column::Names).get(start..end_of(entry)).unwrap_or_default()
     }
 
     /// The entries of a directory, sorted by name; `None` if the entry is no directory.
     #[must_use]
     pub fn children(&self, directory: EntryNumber) -> Option<&[EntryNumber]> {
         let row = self.row(directory).filter(|row| row.kind == Kind::Directory)?;
-        let range = self.directories.get(row.index as usize)?;
-        self.children.get(range.start as usize..range.end as usize)
+        let [start, end] = self.numbers(Column::Directories, row.index)?;
+        column::<u32>(self.column(Column::Children))?.get(start as usize..end as usize)
     }
 
     /// The entry of this name in a directory.
@@ -160,14 +223,15 @@ impl Tree {
     #[must_use]
     pub fn file(&self, entry: EntryNumber) -> Option<TreeFile<'_>> {
         let row = self.row(entry).filter(|row| matches!(row.kind, Kind::File { .. }))?;
-        let file = self.files.get(row.index as usize)?;
-        let chunks = file.chunks_start as usize..file.chunks_end as usize;
+        let [start, end, patches_start, patches_end] = self.numbers(Column::Files, row.index)?;
+        let (ids, _) = self.column(Column::FileIds).as_chunks::<32>();
+        let chunks = start as usize..end as usize;
         Some(TreeFile {
-            id: file.id,
-            size: file.size,
-            chunks: self.chunks.get(chunks.clone())?,
-            chunk_ends: self.chunk_ends.get(chunks)?,
-            patches: self.patches.get(file.patches_start as usize..file.patches_end as usize)?,
+            id: FileId::from_bytes(*ids.get(row.index)?),
+            size: self.file_size(row)?,
+            chunks: column::<ChunkId>(self.column(Column::Chunks))?.get(chunks.clone())?,
+            chunk_ends: column::<u64>(self.column(Column::ChunkEnds))?.get(chunks)?,
+            patches: self.patches(patches_start, patches_end)?,
         })
     }
 
@@ -175,20 +239,20 @@ impl Tree {
     #[must_use]
     pub fn link(&self, entry: EntryNumber) -> Option<TreeLink<'_>> {
         let row = self.row(entry).filter(|row| row.kind == Kind::Symlink)?;
-        let link = self.links.get(row.index as usize)?;
+        let [start, end, patches_start, patches_end] = self.numbers(Column::Links, row.index)?;
         Some(TreeLink {
-            target: self.targets.get(link.target_start as usize..link.target_end as usize)?,
-            patches: self.patches.get(link.patches_start as usize..link.patches_end as usize)?,
+            target: self.column(Column::Targets).get(start as usize..end as usize)?,
+            patches: self.patches(patches_start, patches_end)?,
         })
     }
 
     /// Size as `stat` shows it: a file's bytes, or the length of a symlink's target.
     #[must_use]
     pub fn size(&self, entry: EntryNumber) -> u64 {
-        match self.kind(entry) {
-            Some(Kind::File { .. }) => self.file(entry).map_or(0, |file| file.size),
-            Some(Kind::Symlink) => self.link(entry).map_or(0, |link| link.target.len() as u64),
-            Some(Kind::Directory) | None => 0,
+        match self.row(entry) {
+            Some(row @ Row { kind: Kind::File { .. }, .. }) => self.file_size(row).unwrap_or(0),
+            Some(Row { kind: Kind::Symlink, .. }) => self.link(entry).map_or(0, |link| link.target.len() as u64),
+            Some(Row { kind: Kind::Directory, .. }) | None => 0,
         }
     }
 
@@ -210,168 +274,30 @@ impl Tree {
     }
 
     fn row(&self, entry: EntryNumber) -> Option<Row> {
-        self.rows.get(entry as usize).copied()
+        let [_, _, what] = self.numbers(Column::Entries, entry as usize)?;
+        let (kind, index) = layout::unpack(what);
+        Some(Row { kind, index })
+    }
+
+    fn file_size(&self, row: Row) -> Option<u64> {
+        column::<u64>(self.column(Column::Sizes))?.get(row.index).copied()
+    }
+
+    fn patches(&self, start: u32, end: u32) -> Option<Patches<'_>> {
+        let range = start as usize * PATCH_LEN..end as usize * PATCH_LEN;
+        self.column(Column::Patches).get(range).map(Patches)
+    }
+
+    /// One row of a column of numbers.
+    fn numbers<const N: usize>(&self, of: Column, row: usize) -> Option<[u32; N]> {
+        let (rows, _) = column::<u32>(self.column(of))?.as_chunks::<N>();
+        rows.get(row).copied()
+    }
+
+    fn column(&self, column: Column) -> &[u8] {
+        self.map.as_ref().get(self.layout.range(column)).unwrap_or_default()
     }
 }
 
-/// Builds a [`Tree`] from the events of a manifest.
-#[derive(Default)]
-pub struct TreeBuilder {
-    tree: Tree,
-    /// The directories that are open, with the children met so far.
-    open: Vec<(EntryNumber, Vec<EntryNumber>)>,
-    /// Whether the next node's name has been given.
-    named: bool,
-}
-
-impl TreeBuilder {
-    /// Takes the next event.
-    ///
-    /// # Errors
-    /// When the events are not those of a tree, or of one larger than numbers here can hold. A manifest reader lets
-    /// neither through.
-    pub fn event(&mut self, event: ManifestEvent<'_>) -> Result<(), FormatError> {
-        match event {
-            ManifestEvent::Entry { name } => {
-                if self.named || self.open.is_empty() {
-                    return Err(self.misplaced("entry name"));
-                }
-                self.named = true;
-                self.tree.names.extend_from_slice(name);
-            }
-            ManifestEvent::Directory => {
-                let index = number(self.tree.directories.len())?;
-                let entry = self.node(Kind::Directory, index)?;
-                self.tree.directories.push(0..0);
-                self.open.push((entry, Vec::new()));
-            }
-            ManifestEvent::EndDirectory => {
-                let (entry, children) = self.open.pop().ok_or_else(|| self.misplaced("end of directory"))?;
-                let start = number(self.tree.children.len())?;
-                self.tree.children.extend_from_slice(&children);
-                let end = number(self.tree.children.len())?;
-                let row = self.tree.row(entry).map_or(0, |row| row.index);
-                if let Some(range) = self.tree.directories.get_mut(row as usize) {
-                    *range = start..end;
-                }
-            }
-            ManifestEvent::Symlink { target, patches } => {
-                let index = number(self.tree.links.len())?;
-                self.node(Kind::Symlink, index)?;
-                let (target_start, patches_start) =
-                    (number(self.tree.targets.len())?, number(self.tree.patches.len())?);
-                self.tree.targets.extend_from_slice(target);
-                self.tree.patches.extend_from_slice(patches);
-                let (target_end, patches_end) = (number(self.tree.targets.len())?, number(self.tree.patches.len())?);
-                self.tree.links.push(LinkRow { target_start, target_end, patches_start, patches_end });
-            }
-            ManifestEvent::BeginFile { executable, size } => {
-                let index = number(self.tree.files.len())?;
-                self.node(Kind::File { executable }, index)?;
-                let (chunks, patches) = (number(self.tree.chunks.len())?, number(self.tree.patches.len())?);
-                self.tree.files.push(FileRow {
-                    id: FileId::from_bytes([0; 32]),
-                    size,
-                    chunks_start: chunks,
-                    chunks_end: chunks,
-                    patches_start: patches,
-                    patches_end: patches,
-                });
-            }
-            ManifestEvent::Chunk { id, length } => {
-                let start = self.file_end();
-                self.tree.chunks.push(id);
-                self.tree.chunk_ends.push(start + u64::from(length));
-                let end = number(self.tree.chunks.len())?;
-                let at = self.offset();
-                let file = self.tree.files.last_mut();
-                file.ok_or(FormatError::Syntax { field: "chunk", offset: at })?.chunks_end = end;
-            }
-            ManifestEvent::Patch(patch) => {
-                self.tree.patches.push(patch);
-                let end = number(self.tree.patches.len())?;
-                let at = self.offset();
-                let file = self.tree.files.last_mut();
-                file.ok_or(FormatError::Syntax { field: "patch", offset: at })?.patches_end = end;
-            }
-            ManifestEvent::EndFile { file: id } => {
-                let (end, at) = (self.file_end(), self.offset());
-                let file = self.tree.files.last_mut();
-                let file = file.ok_or(FormatError::Syntax { field: "end of file", offset: at })?;
-                if file.size != end {
-                    return Err(FormatError::Syntax { field: "file size", offset: at });
-                }
-                file.id = id;
-            }
-        }
-        Ok(())
-    }
-
-    /// The tree.
-    ///
-    /// # Errors
-    /// When it is not whole.
-    pub fn finish(mut self) -> Result<Tree, FormatError> {
-        if !self.open.is_empty() || self.named || self.tree.rows.is_empty() {
-            return Err(FormatError::Truncated { field: "tree", offset: self.offset() });
-        }
-        let tree = &mut self.tree;
-        tree.names.shrink_to_fit();
-        tree.parents.shrink_to_fit();
-        tree.name_ends.shrink_to_fit();
-        tree.rows.shrink_to_fit();
-        tree.children.shrink_to_fit();
-        tree.directories.shrink_to_fit();
-        tree.files.shrink_to_fit();
-        tree.links.shrink_to_fit();
-        tree.targets.shrink_to_fit();
-        tree.chunks.shrink_to_fit();
-        tree.chunk_ends.shrink_to_fit();
-        tree.patches.shrink_to_fit();
-        Ok(self.tree)
-    }
-
-    /// Adds a node below the innermost open directory.
-    fn node(&mut self, kind: Kind, index: u32) -> Result<EntryNumber, FormatError> {
-        let entry = number(self.tree.rows.len())?;
-        let is_root = entry == 0;
-        if self.named == is_root || (!is_root && self.open.is_empty()) {
-            return Err(self.misplaced("node"));
-        }
-        self.named = false;
-        let mut parent = 0;
-        if let Some((directory, children)) = self.open.last_mut() {
-            parent = *directory;
-            children.push(entry);
-        }
-        self.tree.parents.push(parent);
-        self.tree.name_ends.push(number(self.tree.names.len())?);
-        self.tree.rows.push(Row { kind, index });
-        Ok(entry)
-    }
-
-    /// Where the open file's last chunk ends.
-    fn file_end(&self) -> u64 {
-        let file = self.tree.files.last();
-        let has_chunks = file.is_some_and(|file| file.chunks_end > file.chunks_start);
-        if has_chunks { self.tree.chunk_ends.last().copied().unwrap_or(0) } else { 0 }
-    }
-
-    /// There is no byte offset here: the entry's number stands for it.
-    fn offset(&self) -> u64 {
-        self.tree.rows.len() as u64
-    }
-
-    fn misplaced(&self, field: &'static str) -> FormatError {
-        FormatError::Syntax { field, offset: self.offset() }
-    }
-}
-
-fn number(value: usize) -> Result<u32, FormatError> {
-    u32::try_from(value).map_err(|_| FormatError::Limit {
-        field: "size of tree",
-        value: value as u64,
-        max: u64::from(u32::MAX),
-        offset: 0,
-    })
-}
+#[cfg(test)]
+mod tests;

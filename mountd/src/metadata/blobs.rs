@@ -58,6 +58,16 @@ impl Blobs {
         Ok(found.into_iter().filter_map(|found| found.or_else(|| fetched.next())).collect())
     }
 
+    /// A blob, if it is on disk. Cancel safe.
+    pub async fn kept(&self, kind: BlobKind, id: BlobId) -> Option<Bytes> {
+        on_disk(&self.metadata, move |metadata| metadata.blob(kind, &id)).await
+    }
+
+    /// Keeps a blob that did not come by this way, and that the caller has verified.
+    pub async fn keep(&self, id: BlobId, bytes: Bytes) {
+        on_disk(&self.metadata, move |metadata| metadata.keep_blob(&id, &bytes)).await;
+    }
+
     /// One blob.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ use narlake_mountd::app::{Daemon, Sources};
 use narlake_mountd::cache::{Cache, CacheSettings};
 use narlake_mountd::config::{Config, Settings};
 use narlake_mountd::fs::nodes::NodeTable;
+use narlake_mountd::fs::trees::Trees;
 use narlake_mountd::fs::{LazyStore, StoreSettings};
 use narlake_mountd::metadata::{Blobs, Metadata, Records};
 use narlake_mountd::metrics::Metrics;
@@ -326,7 +327,8 @@ impl World {
         let parts = (blobs.clone(), Arc::clone(&nodes), overlays);
         let records = Arc::new(Records::new(Arc::clone(&self.source) as _, metadata));
         let view = View::new(records, self.trusted(), parts, settings, &self.metrics);
-        let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20 };
+        let trees = Arc::new(Trees::open(&dir, 1 << 30, &self.metrics).unwrap());
+        let settings = StoreSettings { deadline: self.deadline, tree_bytes: 16 << 20, trees };
         let lazy = LazyStore::new(view.clone(), nodes, &blobs, Arc::clone(&cache), settings, &self.metrics);
         Store { lazy, view, cache, fetcher }
     }

@@ -18,3 +18,4 @@ mod stop;
 mod store;
 mod stuck;
 mod survive;
+mod trees;

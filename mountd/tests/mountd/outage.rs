@@ -93,6 +93,8 @@ async fn damaged_metadata_is_fetched_again() {
             outside(move || assert_eq!(read_back(&at).unwrap(), node)).await;
         }
         mounted.stop().await;
+        // A tree that is there already asks for no manifest.
+        fs::remove_dir_all(world.dir.path().join("cache/trees")).unwrap();
         for shard in fs::read_dir(world.dir.path().join("cache/metadata")).unwrap() {
             for file in fs::read_dir(shard.unwrap().path()).unwrap() {
                 let file = file.unwrap().path();

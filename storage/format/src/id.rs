@@ -19,6 +19,7 @@ macro_rules! content_id {
     ($(#[$doc:meta])* $name:ident, $context:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(transparent)]
         pub struct $name([u8; ID_LEN]);
 
         impl $name {
