@@ -4,7 +4,7 @@
 //! <dir>/lock             held while a daemon uses the directory
 //! <dir>/boot             the boot in which it was last used, and whether it was left in order
 //! <dir>/nodes            the node table (fs::nodes)
-//! <dir>/hot/<2>/<id>     complete files, by ContentId; their first two digits make the directory
+//! <dir>/hot/<2>/<62>     complete files, by the digits of their ContentId
 //! <dir>/partial/<id>     files of which some chunks are there; sparse
 //! <dir>/partial/<id>.map which ones
 //! <dir>/metadata/        what describes it (crate::metadata)

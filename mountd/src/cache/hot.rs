@@ -8,6 +8,9 @@ use narlake_format::id::ContentId;
 
 use super::{Cache, Ledger, bytes_on_disk};
 
+/// Digits of an id that name its directory in `hot/`; the others name the file. An overlay's redirect has this form too.
+const SHARD_DIGITS: usize = 2;
+
 impl Cache {
     /// The complete file of this content, if it is here with this size.
     pub fn open_hot(&self, id: &ContentId, size: u64) -> Option<File> {
@@ -111,9 +114,10 @@ impl Cache {
 /// Where a complete file lies.
 fn path(dir: &Path, id: &ContentId) -> PathBuf {
     let name = id.to_string();
+    let (shard, rest) = name.split_at_checked(SHARD_DIGITS).unwrap_or_default();
     let mut path = dir.join("hot");
-    path.push(name.get(..2).unwrap_or_default());
-    path.push(name);
+    path.push(shard);
+    path.push(rest);
     path
 }
 
@@ -135,7 +139,10 @@ pub(super) fn scan(hot: &Path, ledger: &mut Ledger) -> io::Result<()> {
         }
         for file in fs::read_dir(shard.path())? {
             let file = file?;
-            let id = file.file_name().to_str().and_then(|name| name.parse::<ContentId>().ok());
+            // Names of 64 digits are of an older layout, and strays like any other.
+            let name = [shard.file_name(), file.file_name()].map(|part| part.into_string().unwrap_or_default());
+            let id = Some(name.concat()).filter(|_| name[0].len() == SHARD_DIGITS);
+            let id = id.and_then(|name| name.parse::<ContentId>().ok());
             let metadata = file.metadata()?;
             match id {
                 Some(id) if metadata.is_file() => {

@@ -80,7 +80,7 @@ fn a_wrong_length_is_a_miss() {
     let cache = open(dir.path(), 1 << 20);
     cache.put_hot(&id(1), &content(1, 5000));
     let name = id(1).to_string();
-    let path = dir.path().join("hot").join(&name[..2]).join(&name);
+    let path = dir.path().join("hot").join(&name[..2]).join(&name[2..]);
     File::options().write(true).open(&path).unwrap().set_len(10).unwrap();
     assert!(read(&cache, 1, 5000).is_none());
     assert!(!path.exists());
@@ -158,11 +158,15 @@ fn strays_are_removed() {
     drop(open(dir.path(), 1 << 20));
     let strays = ["tmp/7", "hot/zz", "hot/ab/notes", "partial/notes", "partial/x.map"];
     fs::create_dir_all(dir.path().join("hot/ab")).unwrap();
-    for stray in strays {
+    // The layout before this one.
+    let old = format!("hot/{}/{}", &id(1).to_string()[..2], id(1));
+    fs::create_dir_all(dir.path().join(&old).parent().unwrap()).unwrap();
+    let strays = strays.into_iter().map(str::to_owned).chain([old]).collect::<Vec<_>>();
+    for stray in &strays {
         fs::write(dir.path().join(stray), b"stray").unwrap();
     }
     assert!(open(dir.path(), 1 << 20).is_empty());
-    for stray in strays {
+    for stray in &strays {
         assert!(!dir.path().join(stray).exists(), "{stray}");
     }
 }
