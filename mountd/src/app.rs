@@ -35,7 +35,8 @@ use crate::overlay::{Overlays, Own};
 use crate::remote::{Remote, RemoteSettings};
 use crate::shutdown::StopSignals;
 use crate::trust::TrustedKeys;
-use crate::view::{RecordSource, View, ViewSettings};
+use crate::view::{RECORDS_BYTES, RecordSource, View, ViewSettings};
+use crate::views::{Connect, Parts, Views};
 
 /// Longest time for an orderly stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -74,6 +75,8 @@ pub struct Sources {
     pub keys: TrustedKeys,
     /// Names of the trusted keys.
     pub key_names: Vec<String>,
+    /// The same server, with another token.
+    pub connect: Connect,
 }
 
 /// A daemon that serves its view.
@@ -83,6 +86,7 @@ pub struct Daemon {
     store: LazyStore,
     view: View,
     overlays: Arc<Overlays>,
+    views: Arc<Views>,
     cache: Arc<Cache>,
     fetcher: Fetcher,
     sockets: [PathBuf; 2],
@@ -103,6 +107,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
         tracing::warn!(error = %old, "going on with an old kernel");
     }
+    raise_descriptors();
     let mut signals = StopSignals::new().context("take over signals")?;
     let metrics = Metrics::new();
     let mounter = mounter(&config).await?;
@@ -165,7 +170,7 @@ async fn connect(config: &Config, mounter: &Mounter, metrics: &Metrics) -> anyho
     let remote = Remote::new(settings, default_dir.clone(), metrics).context("start the HTTP client")?;
     // Readers wait.
     if let Some((store_dir, keys)) = inherited(config, mounter).await? {
-        return Ok(Sources::of(remote, store_dir, keys));
+        return Ok(Sources::of(config, remote, store_dir, keys, metrics));
     }
     let must_ask = config.trusted_keys.is_empty();
     if must_ask && !config.server_is_local() {
@@ -204,15 +209,25 @@ async fn connect(config: &Config, mounter: &Mounter, metrics: &Metrics) -> anyho
     let trust = serde_json::to_string(&trust)?;
     let mounter = mounter.clone();
     blocking(move || mounter.keep(TRUST, trust, &[])).await??;
-    Ok(Sources::of(remote, store_dir, keys))
+    Ok(Sources::of(config, remote, store_dir, keys, metrics))
 }
 
 impl Sources {
-    fn of(remote: Remote, store_dir: StoreDir, keys: Vec<PublicKey>) -> Self {
+    fn of(config: &Config, remote: Remote, store_dir: StoreDir, keys: Vec<PublicKey>, metrics: &Metrics) -> Self {
         let key_names = names_of(&keys);
+        let connect: Connect = {
+            let (config, metrics, store_dir) = (config.clone(), metrics.clone(), store_dir.clone());
+            Arc::new(move |token, file| {
+                let deadline = inside(config.deadline, 2);
+                let (server, token, token_file) = (config.server.clone(), Some(token), Some(file));
+                let settings = RemoteSettings { server, token, token_file, deadline };
+                let remote = Arc::new(Remote::new(settings, store_dir.clone(), &metrics)?);
+                Ok((remote.clone() as Arc<dyn BlobSource>, remote as Arc<dyn RecordSource>))
+            })
+        };
         let remote = Arc::new(remote.with_store_dir(store_dir.clone()));
         let (blobs, records): (Arc<dyn BlobSource>, Arc<dyn RecordSource>) = (remote.clone(), remote);
-        Self { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names }
+        Self { blobs, records, keys: TrustedKeys::new(store_dir, keys), key_names, connect }
     }
 }
 
@@ -232,7 +247,7 @@ impl Daemon {
     /// # Errors
     /// Says which part does not start, and why. What was started is taken down again.
     pub async fn start(config: &Config, mounter: Mounter, sources: Sources, metrics: &Metrics) -> anyhow::Result<Self> {
-        let Sources { blobs, records, keys, key_names } = sources;
+        let Sources { blobs, records, keys, key_names, connect } = sources;
         // It looks at what is mounted there, perhaps by a daemon that lives and does not answer.
         let prepared = blocking({
             let (mount, supervised) = (config.mount.clone(), mounter.outlives());
@@ -278,12 +293,17 @@ impl Daemon {
             gap_bytes: GAP_BYTES,
             ..FetchSettings::default()
         };
-        let fetcher = Fetcher::metered(blobs, fetch, metrics.fetch.clone());
+        let fetcher = Fetcher::metered(blobs, fetch.clone(), metrics.fetch.clone());
         let records: Arc<dyn RecordSource> = Arc::new(Records::new(records, Arc::clone(&metadata)));
-        let blobs = Blobs::new(fetcher.clone(), metadata);
-        let settings = ViewSettings { deadline: inside(config.deadline, 1), on_outage: config.on_outage };
+        let blobs = Blobs::new(fetcher.clone(), Arc::clone(&metadata));
+        let settings = ViewSettings {
+            deadline: inside(config.deadline, 1),
+            on_outage: config.on_outage,
+            records_bytes: RECORDS_BYTES,
+        };
         let parts = (blobs.clone(), Arc::clone(&nodes), Arc::clone(&overlays));
-        let view = View::new(records, keys, parts, settings, metrics);
+        let view = View::new(records, keys.clone(), parts, settings.clone(), metrics);
+        let view_settings = settings;
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes, trees };
         let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &blobs, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
@@ -306,6 +326,21 @@ impl Daemon {
             view.owes_refresh();
         }
         tasks.spawn(alive::beat(mounter.clone(), serving.dir().to_owned(), stop.clone()));
+        let views = Views::new(Parts {
+            store: store.clone(),
+            view: view.clone(),
+            overlays: Arc::clone(&overlays),
+            mounter: mounter.clone(),
+            nodes: Arc::clone(&nodes),
+            metadata,
+            keys,
+            settings: view_settings,
+            fetch,
+            connect,
+            cache_dir: config.cache_dir.clone(),
+            metrics: metrics.clone(),
+        });
+        views.restore().await;
         tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
         let identity = Identity {
             mount: serving.dir().to_owned(),
@@ -317,6 +352,7 @@ impl Daemon {
             identity: Arc::new(identity),
             view: view.clone(),
             overlays: Arc::clone(&overlays),
+            views: Arc::clone(&views),
             cache: Arc::clone(&cache),
             nodes,
             fetcher: fetcher.clone(),
@@ -327,7 +363,7 @@ impl Daemon {
         tasks.close();
         tracing::info!(mount = %serving.dir().display(), server = %config.server, "serving");
         let sockets = [config.nix_socket.clone(), config.control.clone()];
-        Ok(Self { mounter, serving, store, view, overlays, cache, fetcher, sockets, stop, tasks })
+        Ok(Self { mounter, serving, store, view, overlays, views, cache, fetcher, sockets, stop, tasks })
     }
 
     /// Stops: no further requests, overlays and mount gone, the cache left in order. Under a supervisor the mounts stay,
@@ -351,7 +387,9 @@ impl Daemon {
         if tokio::time::timeout(OVERLAYS_DOWN_TIMEOUT, blocking(move || overlays.down_all())).await.is_err() {
             tracing::warn!("an overlay does not let go, going on without it");
         }
+        let views = self.views;
         blocking(move || {
+            views.stop();
             let stopped = serving.stop();
             cache.close();
             stopped
@@ -388,6 +426,15 @@ impl Daemon {
     #[must_use]
     pub const fn fetcher(&self) -> &Fetcher {
         &self.fetcher
+    }
+}
+
+/// Lets this process have as many descriptors as it may: each view takes one, and so does each overlay and fetch.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, current = ?limit.current, "raise the limit of open files");
     }
 }
 

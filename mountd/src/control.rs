@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, MountStatus};
+use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, MountStatus, OverlayInfo};
 use narlake_format::error::chain;
 use narlake_format::nix::store_path::StorePath;
 use narlake_storage::fetch::Fetcher;
@@ -26,6 +26,7 @@ use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::overlay::{Handed, Overlays};
 use crate::view::{View, ViewError};
+use crate::views::{Views, ViewsError};
 
 /// Connections at once; further ones are closed.
 const CONNECTIONS_MAX: usize = 64;
@@ -58,6 +59,8 @@ pub struct Control {
     pub view: View,
     /// Its overlays.
     pub overlays: Arc<Overlays>,
+    /// Further views.
+    pub views: Arc<Views>,
     /// The cache.
     pub cache: Arc<Cache>,
     /// The node table.
@@ -142,23 +145,39 @@ impl Control {
     ) -> Result<ControlResponse, ControlError> {
         match request {
             ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status()))),
-            ControlRequest::OverlayUp { upper, work, merged } => {
-                Ok(ControlResponse::Overlay(self.overlays.up(upper, work, merged).await?))
+            ControlRequest::OverlayUp { upper, work, merged, view } => {
+                let overlays = match view {
+                    Some(name) => self.views.overlays(&name)?,
+                    None => Arc::clone(&self.overlays),
+                };
+                Ok(ControlResponse::Overlay(overlays.up(upper, work, merged).await?))
             }
             ControlRequest::OverlayAdopt { merged } => {
                 Ok(ControlResponse::Overlay(self.overlays.adopt(merged, handed).await?))
             }
             ControlRequest::OverlayDown { merged, lazy } => {
-                self.overlays.down(merged, lazy, handed).await?;
+                let of_view = self.views.overlay_on(&merged).map(|(overlays, _)| overlays);
+                of_view.as_ref().unwrap_or(&self.overlays).down(merged, lazy, handed).await?;
                 Ok(ControlResponse::Done)
             }
-            ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.overlays.list() }),
+            ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.all_overlays() }),
+            ControlRequest::ViewCreate(spec) => Ok(ControlResponse::View(self.views.create(spec).await?)),
+            ControlRequest::ViewList => Ok(ControlResponse::Views { views: self.views.list() }),
+            ControlRequest::ViewDestroy { name, lazy } => {
+                self.views.destroy(&name, lazy).await?;
+                Ok(ControlResponse::Done)
+            }
             // It only waits for the server, perhaps for long; overlays are mounted and unmounted to the end.
             ControlRequest::Ensure { paths, timeout_s } => tokio::select! {
                 () = stop.cancelled() => Err(ControlError::Stopping),
                 ensured = self.ensure(&paths, timeout_s) => ensured,
             },
             ControlRequest::Refresh { merged } => {
+                if let Some((_, view)) = merged.as_deref().and_then(|merged| self.views.overlay_on(merged)) {
+                    view.refresh().await?;
+                    return Ok(ControlResponse::Done);
+                }
+                let all = merged.is_none();
                 if let Some(merged) = merged
                     && !self.overlays.list().iter().any(|overlay| overlay.merged == merged)
                 {
@@ -166,6 +185,9 @@ impl Control {
                 }
                 // All of them: refreshes are shared, and one more costs milliseconds.
                 self.view.refresh().await?;
+                for (_, view) in self.views.overlaid().into_iter().filter(|_| all) {
+                    view.refresh().await?;
+                }
                 Ok(ControlResponse::Done)
             }
             ControlRequest::Evict { keep_bytes } => {
@@ -174,6 +196,11 @@ impl Control {
                 Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) })
             }
         }
+    }
+
+    fn all_overlays(&self) -> Vec<OverlayInfo> {
+        let of_views = self.views.overlaid().into_iter().flat_map(|(overlays, _)| overlays.list());
+        self.overlays.list().into_iter().chain(of_views).collect()
     }
 
     async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
@@ -218,7 +245,7 @@ impl Control {
             fetch_requests: fetched.requests,
             fetch_bytes: fetched.bytes,
             fuse_requests: self.metrics.fuse_request_counts(),
-            overlays: self.overlays.list(),
+            overlays: self.all_overlays(),
         }
     }
 }
@@ -230,6 +257,8 @@ enum ControlError {
     Overlay(#[from] MountError),
     #[error(transparent)]
     View(#[from] ViewError),
+    #[error(transparent)]
+    Views(#[from] ViewsError),
     #[error("{path} is not a store path of {dir}")]
     Path { path: String, dir: String },
     #[error("the daemon is stopping")]
@@ -241,15 +270,22 @@ impl ControlError {
         match self {
             Self::Path { .. } => ControlErrorKind::Invalid,
             Self::Stopping => ControlErrorKind::Unavailable,
-            Self::View(ViewError::Overlay(error)) | Self::Overlay(error) => match error {
+            Self::Views(ViewsError::Invalid { .. } | ViewsError::Token { .. }) => ControlErrorKind::Invalid,
+            Self::Views(ViewsError::Unknown { .. }) => ControlErrorKind::NotFound,
+            Self::Views(ViewsError::State(_)) => ControlErrorKind::Failed,
+            Self::View(ViewError::Overlay(error))
+            | Self::Views(ViewsError::View(ViewError::Overlay(error)) | ViewsError::Mount(error))
+            | Self::Overlay(error) => match error {
                 MountError::Refused { .. } => ControlErrorKind::Invalid,
                 MountError::Unknown { .. } => ControlErrorKind::NotFound,
                 MountError::Busy { .. } => ControlErrorKind::Busy,
                 MountError::Late { .. } => ControlErrorKind::Unavailable,
                 MountError::Kernel { .. } => ControlErrorKind::Failed,
             },
-            Self::View(error) if error.is_outage() => ControlErrorKind::Unavailable,
-            Self::View(_) => ControlErrorKind::Failed,
+            Self::View(error) | Self::Views(ViewsError::View(error)) if error.is_outage() => {
+                ControlErrorKind::Unavailable
+            }
+            Self::View(_) | Self::Views(ViewsError::View(_)) => ControlErrorKind::Failed,
         }
     }
 }

@@ -220,6 +220,9 @@ impl LazyStore {
         // Not even the form of a store path: there is nobody to ask.
         let path: Option<StorePath> = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
         let Some(path) = path else { return Ok(Found::NeverThere) };
+        if !self.inner.view.may_show(&path.hash) {
+            return Ok(Found::NeverThere);
+        }
         let Some(record) = self.inner.view.lookup(&path).await.map_err(FsError::View)? else {
             return Ok(Found::NotNow);
         };

@@ -9,6 +9,7 @@
 //! | [`fuse`] | the kernel's side: mount, messages, unmount |
 //! | [`fs`] | the file system: names and nodeids in, attributes and bytes out |
 //! | [`view`] | which store paths there are, and what the kernel believes about them |
+//! | [`views`] | further views, made through the control socket |
 //! | [`reader`] | a file's range to its bytes |
 //! | [`cache`], [`metadata`] | file content, and what describes it, on the local disk |
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
@@ -47,3 +48,4 @@ pub mod shutdown;
 pub mod supervisor;
 pub mod trust;
 pub mod view;
+pub mod views;

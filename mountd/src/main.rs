@@ -8,7 +8,14 @@ use narlake_mountd::app;
 use narlake_mountd::cli::{Cli, Command};
 use tracing_subscriber::EnvFilter;
 
+/// From this many bytes on, memory is asked of the system and given back to it alone. glibc would raise the number to 32
+/// MiB once the first buffer of that kind was freed, and hand the 16 MiB that each FUSE session reads into, of which it
+/// touches a page, out of what it has and zeroed: resident memory, for each of hundreds of views.
+#[cfg(target_env = "gnu")]
+const MALLOC: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "131072");
+
 fn main() -> ExitCode {
+    settle_allocator();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -18,6 +25,25 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// Starts this program over with the allocator told so, in this process; the C library reads that before `main`.
+#[cfg(target_env = "gnu")]
+fn settle_allocator() {
+    use std::os::unix::process::CommandExt;
+    let (name, value) = MALLOC;
+    if std::env::var_os(name).is_some() {
+        return;
+    }
+    let mut arguments = std::env::args_os();
+    if let (Ok(program), Some(name_of_it)) = (std::env::current_exe(), arguments.next()) {
+        // Comes back only if it failed: then all works, with more memory.
+        let error = std::process::Command::new(program).arg0(name_of_it).args(arguments).env(name, value).exec();
+        eprintln!("narlake-mountd: start over with {name} set: {error}");
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+const fn settle_allocator() {}
 
 fn run() -> anyhow::Result<()> {
     let Command::Run(arguments) = Cli::parse().command;

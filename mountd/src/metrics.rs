@@ -81,6 +81,8 @@ pub struct Metrics {
     pub tree_bytes: IntGauge,
     /// Names that the kernel was told do not exist, and that are remembered.
     pub negative_names: IntGauge,
+    /// Views beside the daemon's own.
+    pub views: IntGauge,
     /// Overlays over the mount.
     pub overlays: IntGauge,
     /// Refreshes of overlays.
@@ -235,6 +237,7 @@ impl Metrics {
                 "narlake_mountd_negative_names",
                 "Names that the kernel was told do not exist, and that are remembered",
             ),
+            views: gauge(&registry, "narlake_mountd_views", "Views beside the daemon's own"),
             overlays: gauge(&registry, "narlake_mountd_overlays", "Overlays over the mount"),
             overlay_refreshes: counter(&registry, "narlake_mountd_overlay_refreshes_total", "Refreshes of overlays"),
             paths_healed: counter(

@@ -9,7 +9,7 @@ pub(crate) mod wire;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -58,9 +58,12 @@ pub struct Connection {
     pub resent: Resent,
     /// An earlier daemon had it.
     pub resumed: bool,
-    name: String,
+    /// Its name.
+    pub name: String,
+    /// Where it is mounted, as the kernel spells it.
+    pub dir: PathBuf,
     /// The mount, where this process made it.
-    mount: Option<Mount>,
+    pub mount: Option<Mount>,
 }
 
 impl Mounter {
@@ -120,27 +123,29 @@ impl Mounter {
             let dir = mount::prepare(dir)?;
             let (mount, device, agreement) = Mount::new(&dir)?;
             let resent = Resent::default();
-            return Ok(Connection { device, agreement, resent, resumed: false, name, mount: Some(mount) });
+            return Ok(Connection { device, agreement, resent, resumed: false, name, dir, mount: Some(mount) });
         };
-        let request = Request::Connect { name: name.clone(), dir: dir.to_owned() };
+        let dir = mount::place(dir)?;
+        let request = Request::Connect { name: name.clone(), dir: dir.clone() };
         let (answer, descriptors) = lease.ask(&request, &[])?;
         let (Answer::Connected { agreement, resumed }, Ok([device, notes])) =
             (answer, <[OwnedFd; 2]>::try_from(descriptors))
         else {
             return Err(misunderstood(&lease.socket));
         };
-        let resent = Resent::open(File::from(notes)).map_err(MountError::kernel("read the notes about", dir))?;
-        Ok(Connection { device, agreement, resent, resumed, name, mount: None })
+        let resent = Resent::open(File::from(notes)).map_err(MountError::kernel("read the notes about", &dir))?;
+        Ok(Connection { device, agreement, resent, resumed, name, dir, mount: None })
     }
 
-    /// Unmounts a connection's file system. True if it was in use and had to be detached.
+    /// Unmounts a connection's file system. True if it was in use and had to be detached, which is done only if `lazy` is
+    /// set.
     ///
     /// # Errors
-    /// When the kernel refuses.
-    pub fn disconnect(&self, name: &str, mount: Option<&Mount>) -> Result<bool, MountError> {
+    /// When the kernel refuses, or it is in use.
+    pub fn disconnect(&self, name: &str, mount: Option<&Mount>, lazy: bool) -> Result<bool, MountError> {
         match self {
-            Self::Alone => mount.map_or(Ok(false), Mount::unmount),
-            Self::Supervised(lease) => match lease.ask(&Request::Disconnect { name: name.to_owned() }, &[])? {
+            Self::Alone => mount.map_or(Ok(false), |mount| mount.leave(lazy)),
+            Self::Supervised(lease) => match lease.ask(&Request::Disconnect { name: name.to_owned(), lazy }, &[])? {
                 (Answer::Unmounted { detached }, _) => Ok(detached),
                 _ => Err(misunderstood(&lease.socket)),
             },
@@ -235,20 +240,6 @@ impl Lease {
             return Err(misunderstood(&self.socket));
         };
         Ok(Mounted { merged, upper, work, tree, upper_dir })
-    }
-}
-
-impl Connection {
-    /// Its name, and the mount where this process made it.
-    #[must_use]
-    pub fn into_mount(self) -> (String, Option<Mount>) {
-        (self.name, self.mount)
-    }
-
-    /// The kernel's side.
-    #[must_use]
-    pub fn device(&self) -> BorrowedFd<'_> {
-        self.device.as_fd()
     }
 }
 

@@ -25,6 +25,7 @@ mod kernel;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -106,7 +107,10 @@ pub struct Overlays {
     // Held for a look or a change, never while the kernel works.
     table: Mutex<BTreeMap<Place, Arc<Overlay>>>,
     // Mounting and unmounting take turns.
-    changes: Gate,
+    changes: Arc<Gate>,
+    /// Overlays in care over all views, and how many of them are those in the table.
+    in_all: Arc<AtomicUsize>,
+    counted: AtomicUsize,
     mounter: Mounter,
     metrics: Metrics,
 }
@@ -115,7 +119,36 @@ impl Overlays {
     /// No overlays yet, over this daemon's mount.
     #[must_use]
     pub fn new(own: Own, mounter: Mounter, metrics: &Metrics) -> Self {
-        Self { own, table: Mutex::default(), changes: Gate::new(1), mounter, metrics: metrics.clone() }
+        Self {
+            own,
+            table: Mutex::default(),
+            changes: Arc::new(Gate::new(1)),
+            in_all: Arc::default(),
+            counted: AtomicUsize::new(0),
+            mounter,
+            metrics: metrics.clone(),
+        }
+    }
+
+    /// Overlays over the mount of another view. They count with these, and take turns with them. Nix is not told of
+    /// that view, so neither is it of its overlays.
+    #[must_use]
+    pub fn of_view(&self, lower: PathBuf) -> Self {
+        Self {
+            own: Own { lower, nix_socket: PathBuf::new(), ..self.own.clone() },
+            table: Mutex::default(),
+            changes: Arc::clone(&self.changes),
+            in_all: Arc::clone(&self.in_all),
+            counted: AtomicUsize::new(0),
+            mounter: self.mounter.clone(),
+            metrics: self.metrics.clone(),
+        }
+    }
+
+    /// What the daemon itself needs.
+    #[must_use]
+    pub const fn own(&self) -> &Own {
+        &self.own
     }
 
     /// The overlays, in order of where they are mounted.
@@ -286,7 +319,7 @@ impl Overlays {
     fn enter(&self, place: Place, info: OverlayInfo, opened: (OwnedFd, OwnedFd)) -> Result<OverlayInfo, MountError> {
         let overlay = Arc::new(Overlay::new(info, opened, &self.metrics));
         let info = &overlay.info;
-        if self.table().len() >= OVERLAYS_MAX && !self.table().contains_key(&place) {
+        if self.in_all.load(Ordering::SeqCst) >= OVERLAYS_MAX && !self.table().contains_key(&place) {
             return Err(MountError::refused(&info.merged, format!("{OVERLAYS_MAX} overlays are in care already")));
         }
         // Whoever mounts outlives this daemon: the next one is to find it.
@@ -304,21 +337,27 @@ impl Overlays {
         refreshed.map(|()| info.clone())
     }
 
-    /// Takes the overlays into care that were in a daemon's before this one. Blocks.
+    /// Takes the overlays over this lower into care that were in a daemon's before this one. Blocks.
     pub fn restore(&self) {
         for key in self.mounter.kept().iter().filter(|key| key.starts_with(KEY)) {
-            let restored = self.mounter.take(key).and_then(|(text, descriptors)| {
-                let odd = || MountError::refused(Path::new(key), "what is kept of this overlay cannot be read");
-                let Kept { info, device } = serde_json::from_str(&text).map_err(|_| odd())?;
-                let opened = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| odd())?.into();
-                let place = device.map_or_else(|| Place::Here(info.merged.clone()), Place::Elsewhere);
-                self.enter(place, info, opened)
-            });
-            match restored {
-                Ok(info) => tracing::info!(merged = %info.merged.display(), "overlay in care again"),
+            match self.restore_one(key) {
+                Ok(None) => {}
+                Ok(Some(info)) => tracing::info!(merged = %info.merged.display(), "overlay in care again"),
                 Err(error) => tracing::error!(overlay = key, error = chain(&error), "take the overlay into care again"),
             }
         }
+    }
+
+    fn restore_one(&self, key: &str) -> Result<Option<OverlayInfo>, MountError> {
+        let (text, descriptors) = self.mounter.take(key)?;
+        let odd = || MountError::refused(Path::new(key), "what is kept of this overlay cannot be read");
+        let Kept { info, device } = serde_json::from_str(&text).map_err(|_| odd())?;
+        if info.lower != self.own.lower {
+            return Ok(None);
+        }
+        let opened = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| odd())?.into();
+        let place = device.map_or_else(|| Place::Here(info.merged.clone()), Place::Elsewhere);
+        self.enter(place, info, opened).map(Some)
     }
 
     /// Takes an overlay out of care. False if it was not in.
@@ -346,6 +385,9 @@ impl Overlays {
 
     /// What Nix needs to use the overlay as its store.
     fn store_uri(&self, merged: &Path, upper: &Path) -> String {
+        if self.own.nix_socket.as_os_str().is_empty() {
+            return String::new();
+        }
         let lower = format!("unix://{}%3Freal={}", self.own.nix_socket.display(), self.own.lower.display());
         // On the store directory itself, or in a chroot at the same place below it.
         let root = merged.to_str().and_then(|merged| merged.strip_suffix(self.own.store_dir.as_str()));
@@ -362,7 +404,12 @@ impl Overlays {
     }
 
     fn show_count(&self) {
-        self.metrics.overlays.set(i64::try_from(self.table().len()).unwrap_or(i64::MAX));
+        let table = self.table();
+        let (now, before) = (table.len(), self.counted.swap(table.len(), Ordering::SeqCst));
+        self.in_all.fetch_add(now, Ordering::SeqCst);
+        let in_all = self.in_all.fetch_sub(before, Ordering::SeqCst) - before;
+        drop(table);
+        self.metrics.overlays.set(i64::try_from(in_all).unwrap_or(i64::MAX));
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<Place, Arc<Overlay>>> {

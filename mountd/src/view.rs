@@ -33,8 +33,11 @@ use crate::overlay::Overlays;
 use crate::remote::RemoteError;
 use crate::trust::{TrustedKeys, TrustedRecord, Untrusted};
 
-/// Bytes of records kept in memory: 60,000 of the usual 2 KiB, 120 of the largest.
-const RECORDS_BYTES: u64 = 128 << 20;
+/// Bytes of records that a daemon's own view keeps in memory: 60,000 of the usual 2 KiB, 120 of the largest.
+pub const RECORDS_BYTES: u64 = 128 << 20;
+
+/// Bytes of a usual record in memory.
+const RECORD_BYTES: u64 = 2048;
 
 /// Look-ups of unknown names at the server at once; further ones wait. A program that probes a store directory at
 /// random is slowed down by this, never told a falsehood.
@@ -82,6 +85,8 @@ pub struct ViewSettings {
     pub deadline: Duration,
     /// What unknown names are during an outage.
     pub on_outage: OnOutage,
+    /// Most bytes of records in memory.
+    pub records_bytes: u64,
 }
 
 /// Why the view cannot say whether it shows a path.
@@ -112,6 +117,9 @@ pub enum ViewError {
     },
 }
 
+/// Hash parts of the only paths that a view shows.
+pub type Scope = Arc<HashSet<StorePathHash>>;
+
 /// A view. Cloning shares it.
 #[derive(Clone)]
 pub struct View {
@@ -122,14 +130,16 @@ struct Inner {
     source: Arc<dyn RecordSource>,
     keys: TrustedKeys,
     settings: ViewSettings,
-    records: Lru<StorePathHash, TrustedRecord>,
+    /// The only paths that it shows, if it does not show all.
+    scope: Option<Scope>,
+    records: Arc<Lru<StorePathHash, TrustedRecord>>,
     negative: Negative,
     overlays: Arc<Overlays>,
-    lookups: Semaphore,
+    lookups: Arc<Semaphore>,
     /// Closures being prefetched, by root.
-    prefetching: Mutex<HashSet<StorePathHash>>,
+    prefetching: Arc<Mutex<HashSet<StorePathHash>>>,
     /// With [`OnOutage::Build`]: until when the server is not asked.
-    down_until: Mutex<Option<Instant>>,
+    down_until: Arc<Mutex<Option<Instant>>>,
     nodes: Arc<NodeTable>,
     blobs: Blobs,
     metrics: Metrics,
@@ -146,21 +156,52 @@ impl View {
         settings: ViewSettings,
         metrics: &Metrics,
     ) -> Self {
+        let items = usize::try_from(settings.records_bytes / RECORD_BYTES).unwrap_or(usize::MAX);
         let inner = Inner {
             source,
             keys,
+            scope: None,
+            records: Arc::new(lru(items, settings.records_bytes)),
             settings,
-            records: lru(60_000, RECORDS_BYTES),
             negative: Negative::new(metrics),
             overlays,
-            lookups: Semaphore::new(LOOKUPS_MAX),
-            prefetching: Mutex::default(),
-            down_until: Mutex::default(),
+            lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
+            prefetching: Arc::default(),
+            down_until: Arc::default(),
             nodes,
             blobs,
             metrics: metrics.clone(),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// A view with the same right as this one, so out of the same memory, with overlays of its own. With a scope it shows
+    /// those paths and no others: of others, records are not even asked for.
+    #[must_use]
+    pub fn part(&self, scope: Option<Scope>, overlays: Arc<Overlays>) -> Self {
+        let inner = &self.inner;
+        let inner = Inner {
+            source: Arc::clone(&inner.source),
+            keys: inner.keys.clone(),
+            settings: inner.settings.clone(),
+            scope,
+            records: Arc::clone(&inner.records),
+            negative: Negative::new(&inner.metrics),
+            overlays,
+            lookups: Arc::clone(&inner.lookups),
+            prefetching: Arc::clone(&inner.prefetching),
+            down_until: Arc::clone(&inner.down_until),
+            nodes: Arc::clone(&inner.nodes),
+            blobs: inner.blobs.clone(),
+            metrics: inner.metrics.clone(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Whether a path with this hash part may be shown at all.
+    #[must_use]
+    pub fn may_show(&self, hash: &StorePathHash) -> bool {
+        self.inner.scope.as_ref().is_none_or(|scope| scope.contains(hash))
     }
 
     /// The store directory of its paths.
@@ -172,7 +213,8 @@ impl View {
     /// The record of a path, if it is in memory.
     #[must_use]
     pub fn known(&self, path: &StorePath) -> Option<TrustedRecord> {
-        self.inner.records.get(&path.hash).filter(|record| record.info().store_path == *path)
+        let known = self.inner.records.get(&path.hash).filter(|_| self.may_show(&path.hash));
+        known.filter(|record| record.info().store_path == *path)
     }
 
     /// All paths in memory.
@@ -206,6 +248,9 @@ impl View {
     /// # Errors
     /// As [`View::find`].
     pub async fn find_hash(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
+        if !self.may_show(hash) {
+            return Ok(None);
+        }
         if let Some(record) = self.inner.records.get(hash) {
             return Ok(Some(record));
         }
@@ -239,6 +284,10 @@ impl View {
     /// # Errors
     /// As [`View::find`].
     pub async fn lookup(&self, path: &StorePath) -> Result<Option<TrustedRecord>, ViewError> {
+        // It never will be, so no overlay needs to forget it.
+        if !self.may_show(&path.hash) {
+            return Ok(None);
+        }
         // Into NEG before anything is asked: from here on, whoever calls this path valid looks through the overlays
         // first, whatever answer is on its way to the kernel now.
         let asking = self.inner.negative.ask(path);

@@ -116,6 +116,14 @@ impl Mount {
     /// # Errors
     /// When the kernel refuses.
     pub fn unmount(&self) -> Result<bool, MountError> {
+        self.leave(true)
+    }
+
+    /// The same; in use, it is detached only if `lazy` is set, and else [`MountError::Busy`].
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the mount is in use.
+    pub fn leave(&self, lazy: bool) -> Result<bool, MountError> {
         let found = device_of(&self.dir)?;
         if found.is_some() && found != self.device {
             tracing::warn!(mount = %self.dir.display(), "something else is mounted here by now, left alone");
@@ -125,6 +133,7 @@ impl Mount {
         match unmount2(&self.dir, UnmountFlags::NOFOLLOW) {
             // Not mounted any more.
             Ok(()) | Err(Errno::INVAL) => Ok(false),
+            Err(Errno::BUSY) if !lazy => Err(MountError::Busy { path: self.dir.clone() }),
             Err(Errno::BUSY) => {
                 unmount2(&self.dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(failed)?;
                 Ok(true)

@@ -37,16 +37,30 @@ impl Serving {
     /// # Errors
     /// When the directory cannot be used, or the kernel refuses.
     pub fn start(mounter: Mounter, name: &str, dir: &Path, shim: Shim) -> Result<Self, MountError> {
+        Self::start_with(mounter, name, dir, shim, THREADS)
+    }
+
+    /// The same, with this number of threads.
+    ///
+    /// # Errors
+    /// As [`Serving::start`].
+    pub fn start_with(
+        mounter: Mounter,
+        name: &str,
+        dir: &Path,
+        shim: Shim,
+        threads: usize,
+    ) -> Result<Self, MountError> {
         let connection = mounter.connect(name, dir)?;
         if connection.resumed {
-            tracing::info!(mount = %dir.display(), "going on with the mount of an earlier daemon");
+            tracing::info!(mount = %connection.dir.display(), "going on with the mount of an earlier daemon");
         }
-        let served = serve(dir, shim, &connection);
-        let (name, mount) = connection.into_mount();
+        let served = serve(&connection.dir, shim, &connection, threads);
+        let Connection { name, dir, mount, .. } = connection;
         match served {
-            Ok((ended, session)) => Ok(Self { mounter, name, dir: dir.to_owned(), mount, ended, session }),
+            Ok((ended, session)) => Ok(Self { mounter, name, dir, mount, ended, session }),
             Err(error) => {
-                let _ = mounter.disconnect(&name, mount.as_ref());
+                let _ = mounter.disconnect(&name, mount.as_ref(), true);
                 Err(error)
             }
         }
@@ -69,7 +83,15 @@ impl Serving {
     /// # Errors
     /// When the kernel refuses.
     pub fn stop(self) -> Result<(), MountError> {
-        let detached = self.mounter.disconnect(&self.name, self.mount.as_ref())?;
+        self.leave(true)
+    }
+
+    /// The same; in use, it is detached only if `lazy` is set. Blocks.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or it is in use: then it is served as before.
+    pub fn leave(&self, lazy: bool) -> Result<(), MountError> {
+        let detached = self.mounter.disconnect(&self.name, self.mount.as_ref(), lazy)?;
         // The kernel closes the connection with the last user of the mount.
         let wait = if detached { Duration::ZERO } else { END_TIMEOUT };
         if self.session.recv_timeout(wait) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -81,12 +103,12 @@ impl Serving {
 
 type Served = (watch::Receiver<bool>, mpsc::Receiver<()>);
 
-fn serve(dir: &Path, mut shim: Shim, connection: &Connection) -> Result<Served, MountError> {
+fn serve(dir: &Path, mut shim: Shim, connection: &Connection, threads: usize) -> Result<Served, MountError> {
     let kernel = |operation| move |source| MountError::Kernel { operation, path: dir.to_owned(), source };
     shim.set_resent(connection.resent.clone());
     let mut config = Config::default();
     config.acl = SessionACL::All;
-    config.n_threads = Some(THREADS);
+    config.n_threads = Some(threads);
     // A request that was read from a cloned descriptor would be lost with it.
     config.clone_fd = false;
     let session = resume::resume(shim, &connection.device, &connection.agreement, config)

@@ -53,6 +53,8 @@ pub(crate) enum Request {
     Disconnect {
         /// Its name.
         name: String,
+        /// Detach it although it is in use.
+        lazy: bool,
     },
     /// Keep the descriptors that come along, and this text, for the next daemon. Answered with [`Answer::Done`].
     Keep {

@@ -62,7 +62,7 @@ fn answer(state: &State, pid: u32, request: Request, descriptors: Vec<OwnedFd>) 
             let Handed { agreement, descriptors, resumed } = state.connect(&name, &dir)?;
             Ok((Answer::Connected { agreement, resumed }, descriptors.into()))
         }
-        Request::Disconnect { name } => alone(Answer::Unmounted { detached: state.disconnect(&name)? }),
+        Request::Disconnect { name, lazy } => alone(Answer::Unmounted { detached: state.disconnect(&name, lazy)? }),
         Request::Keep { key, text } => {
             state.keep(key, text, descriptors)?;
             alone(Answer::Done)

@@ -171,11 +171,11 @@ impl State {
     }
 
     /// Unmounts the connection of this name. True if it was in use and had to be detached.
-    pub(super) fn disconnect(&self, name: &str) -> Result<bool, MountError> {
+    pub(super) fn disconnect(&self, name: &str, lazy: bool) -> Result<bool, MountError> {
         let _turn = self.mounting.lock().unwrap_or_else(PoisonError::into_inner);
         let connection = self.held().connections.remove(name);
         let connection = connection.ok_or_else(|| MountError::Unknown { path: name.into() })?;
-        let detached = connection.mount.unmount();
+        let detached = connection.mount.leave(lazy);
         if detached.is_err() {
             self.held().connections.insert(name.to_owned(), connection);
         }

@@ -9,10 +9,10 @@ use tokio::net::UnixStream;
 
 use crate::kit::{Mood, World, file, noise, outside};
 
-struct Client(BufReader<UnixStream>);
+pub(crate) struct Client(BufReader<UnixStream>);
 
 impl Client {
-    async fn connect(dir: &Path) -> Self {
+    pub(crate) async fn connect(dir: &Path) -> Self {
         Self(BufReader::new(UnixStream::connect(dir.join("control.sock")).await.unwrap()))
     }
 
@@ -23,7 +23,7 @@ impl Client {
         serde_json::from_str(&answer).unwrap()
     }
 
-    async fn ask(&mut self, request: ControlRequest) -> ControlResponse {
+    pub(crate) async fn ask(&mut self, request: ControlRequest) -> ControlResponse {
         serde_json::from_value(self.line(&serde_json::to_string(&request).unwrap()).await).unwrap()
     }
 }
@@ -37,7 +37,12 @@ async fn a_session_of_the_command() {
     let mut client = Client::connect(&mounted.dir).await;
     let base = mounted.dir.join("job");
     std::fs::create_dir_all(base.join("merged")).unwrap();
-    let up = ControlRequest::OverlayUp { upper: base.join("u"), work: base.join("w"), merged: base.join("merged") };
+    let up = ControlRequest::OverlayUp {
+        upper: base.join("u"),
+        work: base.join("w"),
+        merged: base.join("merged"),
+        view: None,
+    };
     let ControlResponse::Overlay(info) = client.ask(up).await else { panic!() };
     assert_eq!(info.lower, mounted.mount);
     let ensure = ControlRequest::Ensure { paths: vec![format!("/nix/store/{top}")], timeout_s: None };

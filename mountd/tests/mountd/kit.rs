@@ -205,6 +205,30 @@ impl RecordSource for Source {
     }
 }
 
+/// The source as somebody sees it who may not see one path.
+struct Hiding {
+    source: Arc<Source>,
+    hidden: StorePathHash,
+}
+
+#[async_trait]
+impl RecordSource for Hiding {
+    async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError> {
+        if *hash == self.hidden { Ok(None) } else { self.source.lookup(hash).await }
+    }
+
+    async fn closure(
+        &self,
+        roots: &[StorePathHash],
+        on: &mut (dyn FnMut(PathRecord) + Send),
+    ) -> Result<Vec<StorePathHash>, RemoteError> {
+        if roots.contains(&self.hidden) {
+            return Ok(vec![self.hidden]);
+        }
+        self.source.closure(roots, on).await
+    }
+}
+
 /// A lake, and a directory for whoever mounts it.
 pub(crate) struct World {
     pub(crate) lake: Lake,
@@ -300,6 +324,16 @@ impl World {
         self.lake.publish(cache, info, signers).await.unwrap();
     }
 
+    /// Of a token that may see what the default one may, but for the path of that name.
+    pub(crate) fn connect(&self) -> narlake_mountd::views::Connect {
+        let source = Arc::clone(&self.source);
+        Arc::new(move |token, _| {
+            let blobs: Arc<dyn BlobSource> = Arc::clone(&source) as _;
+            let hidden = Self::path(&token).hash;
+            Ok((blobs, Arc::new(Hiding { source: Arc::clone(&source), hidden }) as _))
+        })
+    }
+
     pub(crate) fn trusted(&self) -> TrustedKeys {
         TrustedKeys::new(StoreDir::default(), vec![self.key.public()])
     }
@@ -318,7 +352,7 @@ impl World {
             files: Vec::new(),
         };
         let overlays = Arc::new(Overlays::new(own, Mounter::Alone, &self.metrics));
-        let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage };
+        let settings = ViewSettings { deadline: self.deadline, on_outage: self.on_outage, records_bytes: 16 << 20 };
         let fetch = FetchSettings { deadline: self.deadline, gap_bytes: 256 << 10, ..FetchSettings::default() };
         let fetcher = Fetcher::metered(Arc::clone(&self.source) as _, fetch, self.metrics.fetch.clone());
         let metadata = Metadata::open(&dir, self.metadata_bytes, self.trusted(), &self.metrics).unwrap();
@@ -360,6 +394,7 @@ impl World {
             records: Arc::clone(&self.source) as _,
             keys: self.trusted(),
             key_names: vec!["test-1".into()],
+            connect: self.connect(),
         };
         let config = self.config();
         let daemon = Daemon::start(&config, Mounter::Alone, sources, &self.metrics).await.unwrap();

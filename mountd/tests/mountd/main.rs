@@ -19,3 +19,4 @@ mod store;
 mod stuck;
 mod survive;
 mod trees;
+mod views;

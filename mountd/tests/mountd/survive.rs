@@ -93,6 +93,7 @@ async fn daemon(place: &Path) -> anyhow::Result<()> {
         records: Arc::new(Deadly(Arc::clone(&world.source) as _)),
         keys: world.trusted(),
         key_names: vec!["test-1".into()],
+        connect: world.connect(),
     };
     let daemon = Daemon::start(&config, mounter, sources, &world.metrics).await?;
     let mut ended = daemon.ended();
@@ -181,7 +182,7 @@ impl Rig {
     fn overlay(&self) -> PathBuf {
         let at = |name: &str| self.at("job").join(name);
         fs::create_dir_all(at("merged")).unwrap();
-        let up = ControlRequest::OverlayUp { upper: at("u"), work: at("w"), merged: at("merged") };
+        let up = ControlRequest::OverlayUp { upper: at("u"), work: at("w"), merged: at("merged"), view: None };
         match self.ask(&up).unwrap() {
             ControlResponse::Overlay(info) => info.merged,
             other => panic!("{other:?}: {}", self.log()),

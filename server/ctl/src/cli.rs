@@ -63,6 +63,8 @@ pub enum Command {
     Inspect(InspectOptions),
     /// Mount writable overlays over this worker's view, or unmount them
     Overlay(OverlayOptions),
+    /// Mount further views of this worker, or unmount them
+    View(ViewOptions),
     /// Wait until store paths and their closures can be used on this worker
     Ensure(EnsureOptions),
     /// Drop cached content of this worker, least recently used first
@@ -224,6 +226,9 @@ pub enum OverlayCommand {
         /// Where to mount it, /nix/store for instance
         #[arg(long, value_name = "DIR", alias = "mount")]
         merged: PathBuf,
+        /// View that it is over, by name; mountd's own, which Nix can use, without it
+        #[arg(long, value_name = "NAME")]
+        view: Option<String>,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,
@@ -260,6 +265,55 @@ pub enum OverlayCommand {
     },
     /// List the overlays
     List {
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
+}
+
+/// Options of `view`.
+#[derive(Debug, Args)]
+pub struct ViewOptions {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ViewCommand,
+}
+
+/// What to do with views.
+#[derive(Debug, Subcommand)]
+pub enum ViewCommand {
+    /// Mount a view
+    Create {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Where to mount it
+        #[arg(long, value_name = "DIR")]
+        mount: PathBuf,
+        /// Store path whose closure it shows; may be repeated. Without any, it shows every path
+        #[arg(long = "root", value_name = "STORE-PATH")]
+        roots: Vec<String>,
+        /// File with a token of its own, on the worker
+        #[arg(long = "view-token-file", value_name = "FILE")]
+        token_file: Option<PathBuf>,
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
+    /// List the views that were created
+    List {
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
+    /// Unmount a view and forget it
+    Destroy {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Detach it even while it is in use
+        #[arg(long)]
+        lazy: bool,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,

@@ -35,8 +35,8 @@ struct Overlays {
 
 /// Something was done that there is nothing to say about.
 #[derive(Serialize)]
-struct Done {
-    done: bool,
+pub(crate) struct Done {
+    pub(crate) done: bool,
 }
 
 /// Runs the command.
@@ -45,10 +45,10 @@ struct Done {
 /// When mountd cannot be reached or refuses.
 pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Verdict> {
     let (control, request) = match &options.command {
-        OverlayCommand::Up { upper, work, merged, control } => (
-            control,
-            ControlRequest::OverlayUp { upper: absolute(upper)?, work: absolute(work)?, merged: absolute(merged)? },
-        ),
+        OverlayCommand::Up { upper, work, merged, view, control } => {
+            let (upper, work, merged) = (absolute(upper)?, absolute(work)?, absolute(merged)?);
+            (control, ControlRequest::OverlayUp { upper, work, merged, view: view.clone() })
+        }
         OverlayCommand::Down { merged, lazy, control } => {
             (control, ControlRequest::OverlayDown { merged: resolved(merged)?, lazy: *lazy })
         }
@@ -85,7 +85,7 @@ pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Ve
 }
 
 /// mountd runs in another directory.
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     let path = std::path::absolute(path).with_context(|| format!("find {}", path.display()))?;
     // Kernel and Nix compare mount points by their text; a slash at the end would make it another one.
     Ok(path.components().collect())
@@ -142,7 +142,7 @@ impl Report for Overlays {
                 writeln!(out)?;
             }
             print(overlay, out)?;
-            if self.verbose {
+            if self.verbose && !overlay.store_uri.is_empty() {
                 writeln!(out, "start the Nix daemon with --store '{}'", overlay.store_uri)?;
             }
         }
@@ -164,6 +164,8 @@ pub fn print(overlay: &OverlayInfo, out: &mut dyn Write) -> io::Result<()> {
         rows.push(("work", Shown(work).to_string()));
     }
     rows.push(("mounted by", if overlay.adopted { "another program" } else { "narlake-mountd" }.to_owned()));
-    rows.push(("store", overlay.store_uri.clone()));
+    if !overlay.store_uri.is_empty() {
+        rows.push(("store", overlay.store_uri.clone()));
+    }
     columns(&rows, out)
 }

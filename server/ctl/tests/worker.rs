@@ -5,7 +5,9 @@ mod common;
 use common::cache::Cache;
 use common::mountd::Mountd;
 use common::{Ran, Scratch, narlake};
-use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, MountStatus, OverlayInfo};
+use narlake_format::api::control::{
+    ControlErrorKind, ControlRequest, ControlResponse, MountStatus, OverlayInfo, ViewInfo, ViewSpec,
+};
 
 const PATH: &str = "0c4phn8d0z4d6mx8ym2ccyzl1l3rqbl4-x";
 
@@ -56,7 +58,8 @@ fn ask(answer: &ControlResponse, arguments: &[&str]) -> (ControlRequest, Ran) {
 fn overlays() {
     let up = ["overlay", "up", "--upper", "/u/", "--work", "/w", "--merged", "/nix/store/"];
     let (asked, ran) = ask(&ControlResponse::Overlay(overlay("/nix/store")), &up);
-    let expected = ControlRequest::OverlayUp { upper: "/u".into(), work: "/w".into(), merged: "/nix/store".into() };
+    let expected =
+        ControlRequest::OverlayUp { upper: "/u".into(), work: "/w".into(), merged: "/nix/store".into(), view: None };
     assert_eq!(asked, expected);
     assert!(asked_text(&asked).contains(r#""merged":"/nix/store""#), "no slash at the end");
     let ran = ran.good();
@@ -75,6 +78,21 @@ fn overlays() {
     assert_eq!(asked, ControlRequest::OverlayList);
     assert!(ran.good().stdout.contains("merged:     /b"));
     assert_eq!(ask(&both, &["overlay", "list", "--json"]).1.good().json()["overlays"][1]["merged"], "/b");
+}
+
+#[test]
+fn views() {
+    let spec = ViewSpec { name: "job-1".into(), mount: "/v".into(), roots: vec!["r".into()], token_file: None };
+    let info = ViewInfo { spec: spec.clone(), paths: Some(3), overlays: 0, mounted: true };
+    let (asked, ran) =
+        ask(&ControlResponse::View(info.clone()), &["view", "create", "job-1", "--mount", "/v/", "--root", "r"]);
+    assert_eq!(asked, ControlRequest::ViewCreate(spec));
+    assert!(ran.good().stdout.contains("closures of 1 path, 3 paths"));
+    let (asked, ran) = ask(&ControlResponse::Views { views: vec![info] }, &["view", "list", "--json"]);
+    assert_eq!(asked, ControlRequest::ViewList);
+    assert_eq!(ran.good().json()["views"][0]["name"], "job-1");
+    let (asked, _) = ask(&ControlResponse::Done, &["view", "destroy", "job-1", "--lazy"]);
+    assert_eq!(asked, ControlRequest::ViewDestroy { name: "job-1".into(), lazy: true });
 }
 
 fn asked_text(asked: &ControlRequest) -> String {

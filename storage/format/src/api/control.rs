@@ -25,6 +25,9 @@ pub enum ControlRequest {
         work: PathBuf,
         /// Where to mount it, `/nix/store` for instance.
         merged: PathBuf,
+        /// Name of the view that is its lower; mountd's own, which Nix is told of, if absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        view: Option<String>,
     },
     /// Take an overlay into care that somebody else has mounted over the lower. Answered with
     /// [`ControlResponse::Overlay`].
@@ -42,6 +45,18 @@ pub enum ControlRequest {
     },
     /// The overlays in care. Answered with [`ControlResponse::Overlays`].
     OverlayList,
+    /// Mount a view beside mountd's own. Answered with [`ControlResponse::View`].
+    ViewCreate(ViewSpec),
+    /// The views that were created. Answered with [`ControlResponse::Views`].
+    ViewList,
+    /// Unmount a view and forget it. Answered with [`ControlResponse::Done`].
+    ViewDestroy {
+        /// Its name.
+        name: String,
+        /// Detach it although it is in use.
+        #[serde(default)]
+        lazy: bool,
+    },
     /// Make the closures of these paths known and visible. Answered with [`ControlResponse::Ensured`].
     Ensure {
         /// Store paths, with or without the store directory.
@@ -80,6 +95,13 @@ pub enum ControlResponse {
     Overlays {
         /// In order of where they are mounted.
         overlays: Vec<OverlayInfo>,
+    },
+    /// One view.
+    View(ViewInfo),
+    /// All views that were created.
+    Views {
+        /// In order of their names.
+        views: Vec<ViewInfo>,
     },
     /// The closures are known and visible, but for what is missing.
     Ensured {
@@ -136,6 +158,36 @@ pub struct OverlayInfo {
     pub adopted: bool,
     /// What to give nix-daemon as `--store`.
     pub store_uri: String,
+}
+
+/// What a view is to be.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ViewSpec {
+    /// Its name: 1 to 64 of `a-z 0-9 . _ -`, the first a letter or digit.
+    pub name: String,
+    /// Where to mount it; made if it is not there.
+    pub mount: PathBuf,
+    /// Store paths whose closures it shows, with or without the store directory; any path if there are none.
+    #[serde(default)]
+    pub roots: Vec<String>,
+    /// File with a token of its own: the view shows what that may see, and shares no record with others.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+}
+
+/// A view that was created.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ViewInfo {
+    /// What it was to be.
+    #[serde(flatten)]
+    pub spec: ViewSpec,
+    /// Paths of its closures; absent if it shows any path.
+    #[serde(default)]
+    pub paths: Option<u64>,
+    /// Overlays over it.
+    pub overlays: u64,
+    /// Whether it is served; somebody may have taken its mount away.
+    pub mounted: bool,
 }
 
 /// How a mountd is doing.
@@ -197,7 +249,7 @@ mod tests {
         check(r#"{"op":"overlay-list","from":"a newer client"}"#, &ControlRequest::OverlayList);
         check(
             r#"{"op":"overlay-up","upper":"/u","work":"/w","merged":"/m"}"#,
-            &ControlRequest::OverlayUp { upper: "/u".into(), work: "/w".into(), merged: "/m".into() },
+            &ControlRequest::OverlayUp { upper: "/u".into(), work: "/w".into(), merged: "/m".into(), view: None },
         );
         check(
             r#"{"op":"overlay-down","merged":"/m"}"#,
