@@ -32,6 +32,7 @@ use crate::mounter::Mounter;
 use crate::nix_socket::{NixSocket, listen};
 use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
+use crate::privilege;
 use crate::remote::{Remote, RemoteSettings};
 use crate::shutdown::StopSignals;
 use crate::trust::TrustedKeys;
@@ -106,6 +107,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             return Err(old.into());
         }
         tracing::warn!(error = %old, "going on with an old kernel");
+    }
+    if !privilege::may_mount() {
+        tracing::warn!("not root: views are mounted by fusermount3; overlays and sealed views are not to be had");
     }
     raise_descriptors();
     let mut signals = StopSignals::new().context("take over signals")?;

@@ -11,6 +11,7 @@
 //! up by itself as soon as it is in the lake. (An overlay above keeps them all the same, see `overlay`.) That is also
 //! why nothing here calls `inval_entry`: it would wait, with the root locked, for the slowest look-up under way.
 
+mod fusermount;
 pub(crate) mod init;
 pub mod mount;
 pub mod resent;
@@ -36,6 +37,7 @@ use crate::fs::error::FsError;
 use crate::fs::nodes::NodeId;
 use crate::fs::{Found, LazyStore};
 use crate::metrics::Metrics;
+use crate::privilege;
 
 /// For ever: store objects do not change. 136 years, since the kernel adds it to a clock.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
@@ -45,6 +47,8 @@ pub struct Shim {
     store: LazyStore,
     runtime: Handle,
     resent: Resent,
+    /// User and group that everything belongs to.
+    owner: (u32, u32),
     metrics: Metrics,
 }
 
@@ -52,7 +56,7 @@ impl Shim {
     /// Serves this store; work is done on this runtime.
     #[must_use]
     pub fn new(store: LazyStore, runtime: Handle, metrics: &Metrics) -> Self {
-        Self { store, runtime, resent: Resent::default(), metrics: metrics.clone() }
+        Self { store, runtime, resent: Resent::default(), owner: privilege::owner(), metrics: metrics.clone() }
     }
 
     /// Where requests are noted that come again.
@@ -114,11 +118,12 @@ impl Filesystem for Shim {
         if !self.may("lookup", request, parent) {
             return reply.error(Errno::EIO);
         }
+        let owner = self.owner;
         self.spawn("lookup", move |store| async move {
             match store.lookup(NodeId(parent.0), &name).await {
-                Ok(Found::Entry(attr)) => reply.entry(&FOREVER, &file_attr(&attr), Generation(0)),
+                Ok(Found::Entry(attr)) => reply.entry(&FOREVER, &file_attr(&attr, owner), Generation(0)),
                 Ok(Found::NeverThere) => {
-                    let absent = file_attr(&Attr::directory(NodeId(0)));
+                    let absent = file_attr(&Attr::directory(NodeId(0)), owner);
                     reply.entry(&FOREVER, &absent, Generation(0));
                 }
                 Ok(Found::NotNow) => reply.error(Errno::ENOENT),
@@ -131,9 +136,10 @@ impl Filesystem for Shim {
         if !self.may("getattr", request, node) {
             return reply.error(Errno::EIO);
         }
+        let owner = self.owner;
         self.spawn("getattr", move |store| async move {
             match store.getattr(NodeId(node.0)).await {
-                Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+                Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr, owner)),
                 Err(error) => reply.error(errno(&error)),
             }
         });
@@ -204,11 +210,12 @@ impl Filesystem for Shim {
         if !self.may("readdirplus", request, node) {
             return reply.error(Errno::EIO);
         }
+        let owner = self.owner;
         self.spawn("readdirplus", move |store| async move {
             match store.list(NodeId(node.0)).await {
                 Ok(listing) => {
                     for entry in listing.entries_from(offset) {
-                        let attr = file_attr(&entry.attr);
+                        let attr = file_attr(&entry.attr, owner);
                         let name = OsStr::from_bytes(entry.name);
                         if reply.add(attr.ino, entry.next, name, &FOREVER, &attr, Generation(0)) {
                             break;
@@ -283,7 +290,7 @@ const fn file_type(kind: Kind) -> FileType {
     }
 }
 
-fn file_attr(attr: &Attr) -> FileAttr {
+fn file_attr(attr: &Attr, (uid, gid): (u32, u32)) -> FileAttr {
     let time = SystemTime::UNIX_EPOCH + Duration::from_secs(MTIME_S);
     FileAttr {
         ino: INodeNo(attr.node.0),
@@ -297,8 +304,8 @@ fn file_attr(attr: &Attr) -> FileAttr {
         perm: attr.permissions(),
         // One link, directories too: whoever counts subdirectories by links is told by 1 not to.
         nlink: 1,
-        uid: 0,
-        gid: 0,
+        uid,
+        gid,
         rdev: 0,
         blksize: 4096,
         flags: 0,

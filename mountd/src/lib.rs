@@ -5,7 +5,7 @@
 //! | [`app`] | the daemon, its parts in start order |
 //! | [`alive`] | that it is alive, for whoever would kill it |
 //! | [`cli`], [`config`] | what it is told |
-//! | [`kernel`] | whether the kernel is new enough |
+//! | [`kernel`], [`privilege`] | whether the kernel is new enough, and what this process may do |
 //! | [`fuse`] | the kernel's side: mount, messages, unmount |
 //! | [`fs`] | the file system: names and nodeids in, attributes and bytes out |
 //! | [`view`] | which store paths there are, and what the kernel believes about them |
@@ -42,6 +42,7 @@ pub mod mountinfo;
 pub mod nix_socket;
 pub mod notify;
 pub mod overlay;
+pub mod privilege;
 pub mod reader;
 pub mod remote;
 pub mod shutdown;

@@ -42,6 +42,7 @@ use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::mounter::Mounter;
 use crate::mountinfo;
+use crate::privilege;
 
 /// Overlays in care at once.
 const OVERLAYS_MAX: usize = 64;
@@ -167,6 +168,10 @@ impl Overlays {
         work: PathBuf,
         merged: PathBuf,
     ) -> Result<OverlayInfo, MountError> {
+        if !self.mounter.outlives() && !privilege::may_mount() {
+            let reason = "this daemon may mount no overlays: they need root, or a user namespace (unshare -Urm)";
+            return Err(MountError::refused(&merged, reason));
+        }
         let (this, at) = (Arc::clone(self), merged.clone());
         self.change("mount an overlay on", &at, move || {
             let mounted = this.mounter.overlay_up(&this.own, &upper, &work, &merged)?;

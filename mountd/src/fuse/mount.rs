@@ -11,10 +11,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount2, unmount as unmount2};
+use rustix::process::{getegid, geteuid};
 
+use super::fusermount;
 use super::init::Agreement;
 use crate::mount_error::MountError;
 use crate::mountinfo;
+use crate::privilege;
 
 /// How the kernel calls this kind of mount.
 const FS_TYPE: &str = "fuse.narlake";
@@ -25,6 +28,8 @@ pub struct Mount {
     dir: PathBuf,
     /// The device number that the kernel gave it. No other mount has it as long as this one lives.
     device: Option<String>,
+    /// fusermount3 made it, and has to unmount it.
+    by_helper: bool,
 }
 
 /// How the kernel spells a directory that is to be mounted on. Looks at its parent only, which is made if need be: a mount
@@ -65,8 +70,12 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, MountError> {
             return Err(MountError::refused(&dir, reason));
         }
         tracing::warn!(mount = %dir.display(), "detached the mount of a daemon that is gone");
-        unmount2(&dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            .map_err(|error| MountError::kernel("detach", &dir)(error.into()))?;
+        if privilege::may_mount() {
+            unmount2(&dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                .map_err(|error| MountError::kernel("detach", &dir)(error.into()))?;
+        } else {
+            fusermount::unmount(&dir, true)?;
+        }
     }
     match std::fs::symlink_metadata(&dir) {
         Ok(metadata) if metadata.is_dir() => {}
@@ -86,15 +95,9 @@ impl Mount {
     /// # Errors
     /// When the kernel refuses.
     pub fn new(dir: &Path) -> Result<(Self, OwnedFd, Agreement), MountError> {
-        let device = Path::new("/dev/fuse");
-        let file = File::options().read(true).write(true).open(device).map_err(MountError::kernel("open", device))?;
-        let options =
-            format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", file.as_raw_fd());
-        let options = CString::new(options).map_err(|error| MountError::kernel("mount", dir)(error.into()))?;
-        let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-        mount2("narlake", dir, FS_TYPE, flags, options.as_c_str())
-            .map_err(|error| MountError::kernel("mount on", dir)(error.into()))?;
-        let this = Self { dir: dir.to_owned(), device: device_of(dir)? };
+        let by_helper = !privilege::may_mount();
+        let file = if by_helper { File::from(fusermount::mount(dir)?) } else { mount_here(dir)? };
+        let this = Self { dir: dir.to_owned(), device: device_of(dir)?, by_helper };
         match Agreement::make(&file) {
             Ok(agreement) => Ok((this, file.into(), agreement)),
             Err(error) => {
@@ -129,6 +132,16 @@ impl Mount {
             tracing::warn!(mount = %self.dir.display(), "something else is mounted here by now, left alone");
             return Ok(false);
         }
+        if self.by_helper {
+            // Not mounted any more: somebody was faster.
+            if mountinfo::mount_on(&self.dir).is_ok_and(|mount| mount.is_none()) {
+                return Ok(false);
+            }
+            return match fusermount::unmount(&self.dir, false) {
+                Err(MountError::Busy { .. }) if lazy => fusermount::unmount(&self.dir, true).map(|()| true),
+                done => done.map(|()| false),
+            };
+        }
         let failed = |error: Errno| MountError::kernel("unmount", &self.dir)(error.into());
         match unmount2(&self.dir, UnmountFlags::NOFOLLOW) {
             // Not mounted any more.
@@ -147,4 +160,20 @@ impl Mount {
 fn device_of(dir: &Path) -> Result<Option<String>, MountError> {
     let mount = mountinfo::mount_on(dir).map_err(MountError::kernel("find mounts on", dir))?;
     Ok(mount.map(|mount| mount.device))
+}
+
+/// Mounts, as a process that may.
+fn mount_here(dir: &Path) -> Result<File, MountError> {
+    let device = Path::new("/dev/fuse");
+    let file = File::options().read(true).write(true).open(device).map_err(MountError::kernel("open", device))?;
+    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    let options = format!(
+        "fd={},rootmode=40000,user_id={user},group_id={group},default_permissions,allow_other",
+        file.as_raw_fd()
+    );
+    let options = CString::new(options).map_err(|error| MountError::kernel("mount", dir)(error.into()))?;
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    mount2("narlake", dir, FS_TYPE, flags, options.as_c_str())
+        .map_err(|error| MountError::kernel("mount on", dir)(error.into()))?;
+    Ok(file)
 }

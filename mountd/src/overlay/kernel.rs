@@ -14,9 +14,14 @@ use rustix::mount::{
 };
 
 use super::checks::Plan;
+use crate::privilege;
 
 /// Fixed, and compared with what the kernel then shows by a test.
 const OPTIONS: &str = "redirect_dir=on,metacopy=on,index=off,xino=off,nfs_export=off";
+
+/// In a user namespace, whose root may not set `trusted` attributes: the kernel refuses the first two options there, and
+/// needs to be told to use `user` attributes for directories that hide what is below them.
+const OPTIONS_IN_NAMESPACE: &str = "userxattr,index=off,xino=off,nfs_export=off";
 
 /// Mounts the overlay. Its source is the word that Nix's check looks for.
 pub(super) fn mount(lower: &Path, plan: &Plan) -> io::Result<()> {
@@ -27,7 +32,8 @@ pub(super) fn mount(lower: &Path, plan: &Plan) -> io::Result<()> {
     data.extend_from_slice(b",workdir=");
     data.extend_from_slice(plan.work.as_os_str().as_bytes());
     data.push(b',');
-    data.extend_from_slice(OPTIONS.as_bytes());
+    let options = if privilege::in_user_namespace() { OPTIONS_IN_NAMESPACE } else { OPTIONS };
+    data.extend_from_slice(options.as_bytes());
     let data = CString::new(data)?;
     Ok(mount2("overlay", &plan.merged, "overlay", MountFlags::NOSUID | MountFlags::NODEV, data.as_c_str())?)
 }

@@ -120,7 +120,7 @@ mod tests {
         let state = State { spec, members };
         let dir = tempfile::tempdir().unwrap();
         state.write(dir.path()).unwrap();
-        assert_eq!(load_all(dir.path()), [state.clone()]);
+        assert_eq!(load_all(dir.path()), std::slice::from_ref(&state));
         let text = state.encode().unwrap();
         for at in 0..text.len() {
             let mut changed = text.clone().into_bytes();

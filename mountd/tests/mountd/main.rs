@@ -19,4 +19,5 @@ mod store;
 mod stuck;
 mod survive;
 mod trees;
+mod unprivileged;
 mod views;

@@ -138,7 +138,7 @@ async fn second_life(dir: &Path) {
     let entries = outside(move || paths.iter().map(|path| stat_all(path)).sum::<usize>()).await;
     assert_eq!(entries, OBJECTS * FILES);
     let status = |field| memory("/proc/self/status", field);
-    println!(
+    eprintln!(
         "{entries} files found and looked at: resident {} MiB (anonymous {}, mapped files {}; {idle} before), \
          highest {} MiB; kernel slab grew by {} MiB; trees on disk {} MiB",
         status("VmRSS:"),

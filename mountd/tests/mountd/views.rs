@@ -46,7 +46,7 @@ const ENOENT: i32 = 2;
 async fn a_view_shows_its_closures_and_nothing_else() {
     let world = World::new().await;
     let library = world.push("library", &file("library"), &[]).await;
-    let program = world.push("program", &dir([("p", file("program"))]), &[library.clone()]).await;
+    let program = world.push("program", &dir([("p", file("program"))]), std::slice::from_ref(&library)).await;
     let other = world.push("other", &file("other"), &[]).await;
     let Some(mounted) = world.mount().await else { return };
     let mut client = Client::connect(&mounted.dir).await;
@@ -235,7 +235,7 @@ async fn hundreds_of_views() {
     let read = outside(move || at.iter().filter(|at| fs::read_to_string(at).unwrap() == "shared").count()).await;
     assert_eq!(read, MANY);
     let grown = resident_mib().saturating_sub(resident);
-    println!("{MANY} views: {grown} MiB more resident, {} threads more", count("/proc/self/task") - threads);
+    eprintln!("{MANY} views: {grown} MiB more resident, {} threads more", count("/proc/self/task") - threads);
     assert!(grown < 100, "{grown} MiB");
     for view in views {
         assert_eq!(client.ask(destroy(&view.spec.name, false)).await, ControlResponse::Done);
