@@ -272,7 +272,11 @@ impl Daemon {
             let (dir, metrics, own) = (config.cache_dir.clone(), metrics.clone(), own.clone());
             let (keys, metadata_bytes) = (keys.clone(), config.metadata_bytes);
             let tree_disk_bytes = config.tree_disk_bytes;
-            let settings = CacheSettings { bytes_max: config.cache_bytes };
+            let settings = CacheSettings {
+                bytes_max: config.cache_bytes,
+                free_bytes: config.cache_free_bytes,
+                scrub_bytes_per_s: config.cache_scrub_bytes_per_s,
+            };
             move || -> anyhow::Result<_> {
                 Overlays::check_own(&own)?;
                 let cache = Cache::open(&dir, settings, &metrics)?;
@@ -280,7 +284,7 @@ impl Daemon {
                 metrics.objects.set(i64::try_from(nodes.len()).unwrap_or(i64::MAX));
                 let metadata = Metadata::open(&dir, metadata_bytes, keys, &metrics).context("open the metadata")?;
                 let trees = Trees::open(&dir, tree_disk_bytes, &metrics).context("open the trees")?;
-                Ok((Arc::new(cache), Arc::new(nodes), Arc::new(metadata), Arc::new(trees)))
+                Ok((cache, Arc::new(nodes), Arc::new(metadata), Arc::new(trees)))
             }
         })
         .await??;

@@ -9,6 +9,8 @@
 //! <dir>/partial/<id>.map which ones
 //! <dir>/metadata/        what describes it (crate::metadata)
 //! <dir>/tmp/             files being written
+//! <dir>/pins/<name>      files that stay
+//! <dir>/synced           what is known to have reached the disk
 //! ```
 //!
 //! Everything but the node table is disposable: it is filled from the lake, found again by a scan at start, and thrown
@@ -18,35 +20,91 @@
 //! The cache never stands in the way. A file of the wrong length is a miss. A disk that is full, read-only or broken
 //! means that content is served and not kept, which is counted.
 //!
-//! Files are not synced: losing them costs a fetch. After a boot that did not follow an orderly stop, their content
-//! cannot be told from blocks that were never written, and all of it is dropped (docs/consistency.md, rule 25).
+//! Files are not synced one by one. Now and then the whole file system is, and which files that covers is written down
+//! ([`synced`]). After a boot that did not follow an orderly stop the others cannot be told from blocks that were never
+//! written: they are hashed again, and dropped if that cannot be done (docs/consistency.md, rule 25). Reads through FUSE
+//! verify what they read and need not wait for that; whatever lets the kernel read `hot/` does
+//! ([`Cache::wait_verified`]).
+//!
+//! The directory is scanned in the background: until that is done, a file that the ledger does not know is looked for.
 //!
 //! Methods block on the disk; callers on a runtime thread hand them to a blocking one.
 
 mod boot;
+mod departed;
 mod evict;
 mod hot;
 mod partial;
+mod pins;
+mod resident;
+mod room;
+mod synced;
+mod upkeep;
+mod verify;
 
 use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use narlake_format::id::ContentId;
 
 use self::boot::BootMark;
+use self::departed::Departed;
 use self::evict::Ledger;
 pub use self::partial::Partial;
+pub use self::pins::PinError;
+use self::pins::Pins;
 use crate::metrics::Metrics;
+
+/// Directories of files, which are made where they are missing.
+const DIRECTORIES: [&str; 4] = ["hot", "partial", "tmp", "pins"];
+
+/// Partial files of before an unclean boot, in `tmp/`, until they have been removed.
+const OLD_PARTIAL: &str = "partial";
+
+/// How long an opening waits for the scan: that of a small cache, and never so long that a restart is felt.
+const SCAN_GRACE: Duration = Duration::from_millis(100);
+
+/// How long after the opening fills wait for the scan. Later ones are served and not kept until it is done.
+const SCAN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long an opening waits for another daemon's lock: while one ends, it may be in a last step.
+const LOCK_GRACE: Duration = Duration::from_millis(200);
+
+/// Pause between two attempts at the lock.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// Lets go of evicted files ([`Cache::set_holders`]).
+pub type Release = Arc<dyn Fn() + Send + Sync>;
 
 /// How much the cache may hold.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheSettings {
     /// Bytes on disk, in all; more is never kept.
     pub bytes_max: u64,
+    /// Bytes of the file system that are left free, or 5 % of it if that is less.
+    pub free_bytes: u64,
+    /// Bytes of complete files that are read and hashed in a second to find damage; 0 for none.
+    pub scrub_bytes_per_s: u64,
+}
+
+impl Default for CacheSettings {
+    fn default() -> Self {
+        Self { bytes_max: 20 << 30, free_bytes: 1 << 30, scrub_bytes_per_s: 8 << 20 }
+    }
+}
+
+/// How far the look at what was there has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Scanning,
+    Verifying,
+    Ready,
 }
 
 impl CacheSettings {
@@ -84,68 +142,114 @@ pub enum CacheError {
 pub struct Cache {
     dir: PathBuf,
     settings: CacheSettings,
-    // Held for bookkeeping and to drop a single file, never while content is read, written or evicted.
+    // Held for bookkeeping and to drop a single file, never while content is read or written.
     ledger: Mutex<Ledger>,
+    // Taken after the ledger, held for an unlink or to read what the kernel has queued.
+    departed: Mutex<Departed>,
     // Evictions take turns, so that two do not free the same bytes. Taken before the ledger.
     evicting: Mutex<()>,
+    // Held while a set is stored. Taken before the ledger.
+    pins: Mutex<Pins>,
+    // Held to look at it or to replace it.
+    holders: Mutex<Option<Release>>,
+    phase: Mutex<Phase>,
+    advanced: Condvar,
+    opened: Instant,
+    // Read while a file gets its name, written when a sync begins.
+    period: RwLock<u64>,
+    /// Something was written since the last sync began.
+    unsynced: AtomicBool,
+    /// After an unclean boot, the last period that was on disk.
+    doubted: Option<u64>,
+    /// Hashes can be kept beside files.
+    remembers: bool,
     temporary: AtomicU64,
     boot: BootMark,
     metrics: Metrics,
+    /// Dropped, it ends the threads.
+    _running: upkeep::Running,
     /// Held for its lock.
     _lock: File,
 }
 
 impl Cache {
-    /// Opens the cache in this directory, making it if there is none, and finds what it holds.
+    /// Opens the cache in this directory, making it if there is none, and begins to find what it holds.
     ///
     /// # Errors
     /// When another daemon uses it, or it cannot be written.
-    pub fn open(dir: &Path, settings: CacheSettings, metrics: &Metrics) -> Result<Self, CacheError> {
+    pub fn open(dir: &Path, settings: CacheSettings, metrics: &Metrics) -> Result<Arc<Self>, CacheError> {
+        Self::open_waiting(dir, settings, metrics, LOCK_GRACE)
+    }
+
+    /// Opens the cache as soon as the daemon that uses it lets go, within this time.
+    ///
+    /// # Errors
+    /// When it does not, or the directory cannot be written.
+    pub fn open_waiting(
+        dir: &Path,
+        settings: CacheSettings,
+        metrics: &Metrics,
+        limit: Duration,
+    ) -> Result<Arc<Self>, CacheError> {
         let io = |operation, path: &Path| {
             let path = path.to_owned();
             move |source| CacheError::Io { operation, path, source }
         };
         fs::create_dir_all(dir).map_err(io("make", dir))?;
-        let lock_path = dir.join("lock");
-        let lock = File::options().read(true).write(true).create(true).truncate(false).open(&lock_path);
-        let lock = lock.map_err(io("open", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(CacheError::InUse { dir: dir.to_owned() }),
-            Err(TryLockError::Error(source)) => return Err(io("lock", &lock_path)(source)),
-        }
+        let lock = lock(dir, limit)?;
         let boot = BootMark::read(dir).map_err(io("read the boot mark in", dir))?;
         let tmp = dir.join("tmp");
         remove_tree(&tmp).map_err(io("clear", &tmp))?;
-        if boot.is_unclean() {
-            tracing::warn!(dir = %dir.display(), "the host went down without an orderly stop: dropping cached content");
-            for name in ["hot", "partial"] {
-                let path = dir.join(name);
-                remove_tree(&path).map_err(io("clear", &path))?;
-            }
+        make_directories(dir).map_err(io("make directories in", dir))?;
+        let last = synced::read(dir);
+        let doubted = boot.is_unclean().then_some(last);
+        if doubted.is_some() {
+            tracing::warn!(dir = %dir.display(), "the host went down without an orderly stop: verifying cached content");
+            // Of a partial file, nobody knows which chunks had reached the disk.
+            let partial = dir.join("partial");
+            fs::rename(&partial, tmp.join(OLD_PARTIAL)).map_err(io("clear", &partial))?;
+            make_directories(dir).map_err(io("make directories in", dir))?;
         }
-        boot.mark_dirty(dir).map_err(io("write the boot mark in", dir))?;
-        for name in ["hot", "partial", "tmp"] {
-            let path = dir.join(name);
-            fs::create_dir_all(&path).map_err(io("make", &path))?;
-        }
-        let mut ledger = Ledger::default();
-        hot::scan(&dir.join("hot"), &mut ledger).map_err(io("scan", &dir.join("hot")))?;
-        partial::scan(&dir.join("partial"), &mut ledger).map_err(io("scan", &dir.join("partial")))?;
-        let cache = Self {
+        let pins = pins::load(dir).map_err(io("read the pins in", dir))?;
+        let marked = if doubted.is_some() { boot.mark_doubted(dir) } else { boot.mark_dirty(dir) };
+        marked.map_err(io("write the boot mark in", dir))?;
+        let (running, ends) = upkeep::channels();
+        let cache = Arc::new(Self {
             dir: dir.to_owned(),
             settings,
-            ledger: Mutex::new(ledger),
+            ledger: Mutex::default(),
+            departed: Mutex::new(Departed::new()),
             evicting: Mutex::default(),
+            pins: Mutex::default(),
+            holders: Mutex::default(),
+            phase: Mutex::new(Phase::Scanning),
+            advanced: Condvar::new(),
+            opened: Instant::now(),
+            period: RwLock::new(last + 1),
+            // Files of a daemon that was killed may be.
+            unsynced: AtomicBool::new(true),
+            doubted,
+            remembers: verify::remembers(&lock),
             temporary: AtomicU64::new(0),
             boot,
             metrics: metrics.clone(),
+            _running: running,
             _lock: lock,
-        };
+        });
         metrics.cache_limit_bytes.set(i64::try_from(settings.bytes_max).unwrap_or(i64::MAX));
-        cache.make_room(0);
-        cache.show(&cache.ledger());
+        cache.apply(&pins);
+        *cache.pins() = pins;
+        upkeep::start(&cache, ends).map_err(io("start the upkeep of", dir))?;
+        cache.wait_for(Phase::Verifying, SCAN_GRACE);
         Ok(cache)
+    }
+
+    /// Waits until every complete file is known to be as it was put, for at most this long; true if they are. At once
+    /// unless the host went down without an orderly stop.
+    #[must_use]
+    pub fn wait_verified(&self, limit: Duration) -> bool {
+        // Before the scan is done, nothing is doubted either after a clean boot.
+        self.doubted.is_none() || self.wait_for(Phase::Ready, limit)
     }
 
     /// The directory.
@@ -178,16 +282,14 @@ impl Cache {
         self.len() == 0
     }
 
-    /// Drops what was used least recently until at most `bytes` are left. Returns how many bytes went.
-    pub fn shrink_to(&self, bytes: u64) -> u64 {
-        let _turn = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
-        self.evict(bytes)
-    }
-
     /// Says that the directory is left in order: everything is on disk. The last thing before a process ends.
     pub fn close(&self) {
         // Without the mark the content is dropped after the next boot, and fetched again: no reason to fail.
-        if let Err(error) = self.boot.mark_clean(&self.dir) {
+        // Nor is it clean while content is doubted.
+        if self.doubted.is_some() && !self.wait_for(Phase::Ready, Duration::ZERO) {
+            return;
+        }
+        if let Err(error) = self.sync().and_then(|()| self.boot.mark_clean(&self.dir)) {
             tracing::warn!(dir = %self.dir.display(), %error, "leave the cache in order");
         }
     }
@@ -196,43 +298,50 @@ impl Cache {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes room for this many bytes more. False if they can never fit.
-    fn make_room(&self, bytes: u64) -> bool {
-        if bytes > self.settings.bytes_max {
-            return false;
-        }
-        let fits = || self.ledger().used() + bytes <= self.settings.bytes_max;
-        if fits() {
-            return true;
-        }
-        let _turn = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
-        if !fits() {
-            self.evict(self.settings.low_water().min(self.settings.bytes_max - bytes));
-        }
-        fits()
+    fn departed(&self) -> MutexGuard<'_, Departed> {
+        self.departed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Unlinks what the plan says, for a caller who has its turn. Files may be used again meanwhile, or made anew: at
-    /// worst the ledger then counts one that is gone, which whoever opens it finds out.
-    fn evict(&self, goal: u64) -> u64 {
-        let plan = self.ledger().plan(goal);
-        let mut freed = 0;
-        for planned in plan {
-            let remove = if planned.partial { partial::remove } else { hot::remove };
-            if remove(&self.dir, &planned.id) {
-                let mut ledger = self.ledger();
-                let before = ledger.used();
-                ledger.evicted(&planned);
-                freed += before - ledger.used();
-                self.metrics.cache_evictions.inc();
-            }
+    fn pins(&self) -> MutexGuard<'_, Pins> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_scanning(&self) -> bool {
+        !self.wait_for(Phase::Verifying, Duration::ZERO)
+    }
+
+    /// Waits for the scan as long as a fill may. True if it is done.
+    fn wait_scanned(&self) -> bool {
+        self.wait_for(Phase::Verifying, SCAN_PATIENCE.saturating_sub(self.opened.elapsed()))
+    }
+
+    fn wait_for(&self, wanted: Phase, limit: Duration) -> bool {
+        let phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.advanced.wait_timeout_while(phase, limit, |phase| *phase < wanted);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 >= wanted
+    }
+
+    fn enter(&self, phase: Phase) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        self.advanced.notify_all();
+    }
+
+    /// Makes the directory again if this error comes from its having been removed. True if something may work now.
+    fn is_recreated(&self, error: &io::Error) -> bool {
+        if error.kind() != io::ErrorKind::NotFound || DIRECTORIES.iter().all(|name| self.dir.join(name).is_dir()) {
+            return false;
         }
-        self.show(&self.ledger());
-        freed
+        tracing::error!(dir = %self.dir.display(), "directories of the cache were removed; making them again");
+        let mut ledger = self.ledger();
+        if !self.dir.join("hot").is_dir() {
+            ledger.forget_all();
+        }
+        fs::create_dir_all(&self.dir).and_then(|()| make_directories(&self.dir)).is_ok()
     }
 
     fn show(&self, ledger: &Ledger) {
         self.metrics.cache_bytes.set(i64::try_from(ledger.used()).unwrap_or(i64::MAX));
+        self.metrics.cache_lingering_bytes.set(i64::try_from(ledger.lingering).unwrap_or(i64::MAX));
         self.metrics.cache_files.set(i64::try_from(ledger.len()).unwrap_or(i64::MAX));
     }
 
@@ -255,6 +364,32 @@ fn bytes_on_disk(metadata: &fs::Metadata) -> u64 {
     use std::os::unix::fs::MetadataExt;
     // A block even for what a file system keeps in its inode: the count of files is bounded too that way.
     (metadata.blocks() * 512).max(4096)
+}
+
+/// Takes the lock of a cache directory, within this time.
+fn lock(dir: &Path, limit: Duration) -> Result<File, CacheError> {
+    let path = dir.join("lock");
+    let failed = |operation| {
+        let path = path.clone();
+        move |source| CacheError::Io { operation, path, source }
+    };
+    let lock = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    let lock = lock.map_err(failed("open"))?;
+    let begun = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < limit => std::thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock) => return Err(CacheError::InUse { dir: dir.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
+        }
+    }
+}
+
+/// Makes the directories that are missing, for this user alone: content may be of a private cache. Overlays read `hot/`
+/// with the credentials of whoever mounted them.
+fn make_directories(dir: &Path) -> io::Result<()> {
+    DIRECTORIES.iter().try_for_each(|name| DirBuilder::new().recursive(true).mode(0o700).create(dir.join(name)))
 }
 
 fn remove_tree(path: &Path) -> io::Result<()> {

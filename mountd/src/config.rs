@@ -65,6 +65,12 @@ pub struct Settings {
     /// Most bytes of the cache on disk [default: 20 GiB]
     #[arg(long, env = "NARLAKE_MOUNTD_CACHE_BYTES", value_name = "N", help_heading = "Limits")]
     pub cache_bytes: Option<u64>,
+    /// Bytes of the cache's file system to leave free, or 5 % of it if that is less [default: 1 GiB]
+    #[arg(long, env = "NARLAKE_MOUNTD_CACHE_FREE_BYTES", value_name = "N", help_heading = "Limits")]
+    pub cache_free_bytes: Option<u64>,
+    /// Bytes of cached files to verify in a second, in the background; 0 for none [default: 8 MiB]
+    #[arg(long, env = "NARLAKE_MOUNTD_CACHE_SCRUB_BYTES_PER_S", value_name = "N", help_heading = "Limits")]
+    pub cache_scrub_bytes_per_s: Option<u64>,
     /// Most bytes of metadata on disk, with which the view goes on when the server does not answer [default: 1 GiB]
     #[arg(long, env = "NARLAKE_MOUNTD_METADATA_BYTES", value_name = "N", help_heading = "Limits")]
     pub metadata_bytes: Option<u64>,
@@ -118,6 +124,10 @@ pub struct Config {
     pub control: PathBuf,
     /// Most bytes of the cache.
     pub cache_bytes: u64,
+    /// Bytes of the cache's file system to leave free.
+    pub cache_free_bytes: u64,
+    /// Bytes of the cache to verify in a second.
+    pub cache_scrub_bytes_per_s: u64,
     /// Most bytes of metadata on disk.
     pub metadata_bytes: u64,
     /// Most bytes of trees on disk.
@@ -204,6 +214,8 @@ impl Settings {
             nix_socket: self.nix_socket.or(under.nix_socket),
             control: self.control.or(under.control),
             cache_bytes: self.cache_bytes.or(under.cache_bytes),
+            cache_free_bytes: self.cache_free_bytes.or(under.cache_free_bytes),
+            cache_scrub_bytes_per_s: self.cache_scrub_bytes_per_s.or(under.cache_scrub_bytes_per_s),
             metadata_bytes: self.metadata_bytes.or(under.metadata_bytes),
             tree_disk_bytes: self.tree_disk_bytes.or(under.tree_disk_bytes),
             tree_bytes: self.tree_bytes.or(under.tree_bytes),
@@ -261,6 +273,8 @@ impl Settings {
             nix_socket: absolute(self.nix_socket, "--nix-socket")?,
             control: absolute(self.control, "--control")?,
             cache_bytes: self.cache_bytes.unwrap_or(20 << 30),
+            cache_free_bytes: self.cache_free_bytes.unwrap_or(1 << 30),
+            cache_scrub_bytes_per_s: self.cache_scrub_bytes_per_s.unwrap_or(8 << 20),
             metadata_bytes: self.metadata_bytes.unwrap_or(1 << 30),
             tree_disk_bytes: self.tree_disk_bytes.unwrap_or(2 << 30),
             tree_bytes: self.tree_bytes.unwrap_or(128 << 20),

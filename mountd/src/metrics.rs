@@ -59,6 +59,14 @@ pub struct Metrics {
     pub cache_files: IntGauge,
     /// Files evicted.
     pub cache_evictions: IntCounter,
+    /// Bytes of it that were evicted and are still open.
+    pub cache_lingering_bytes: IntGauge,
+    /// Bytes of files that stay.
+    pub cache_pinned_bytes: IntGauge,
+    /// Files put back instead of evicted.
+    pub cache_spared: IntCounter,
+    /// Bytes read to find damage.
+    pub cache_scrubbed_bytes: IntCounter,
     /// Fills that could not be kept.
     pub cache_not_kept: IntCounter,
     /// Cached files that were found damaged.
@@ -164,6 +172,26 @@ impl Metrics {
             ),
             cache_files: gauge(&registry, "narlake_mountd_cache_files", "Files in the cache, complete or not"),
             cache_evictions: counter(&registry, "narlake_mountd_cache_evictions_total", "Files evicted from the cache"),
+            cache_lingering_bytes: gauge(
+                &registry,
+                "narlake_mountd_cache_lingering_bytes",
+                "Bytes of evicted files that somebody still has open",
+            ),
+            cache_pinned_bytes: gauge(
+                &registry,
+                "narlake_mountd_cache_pinned_bytes",
+                "Bytes of pinned files, cached or not",
+            ),
+            cache_spared: counter(
+                &registry,
+                "narlake_mountd_cache_spared_total",
+                "Files not evicted at first because the kernel had them in memory",
+            ),
+            cache_scrubbed_bytes: counter(
+                &registry,
+                "narlake_mountd_cache_scrubbed_bytes_total",
+                "Bytes of cached files read in the background to find damage",
+            ),
             cache_not_kept: counter(
                 &registry,
                 "narlake_mountd_cache_not_kept_total",

@@ -11,12 +11,13 @@ use std::path::Path;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const CLEAN: &str = "clean";
 const DIRTY: &str = "dirty";
+const DOUBTED: &str = "doubted";
 
 /// The mark as it was found.
 #[derive(Debug)]
 pub(super) struct BootMark {
     now: String,
-    found: Option<(String, bool)>,
+    found: Option<(String, String)>,
 }
 
 impl BootMark {
@@ -27,7 +28,7 @@ impl BootMark {
             Ok(text) => {
                 let mut words = text.split_ascii_whitespace();
                 let id = words.next().unwrap_or_default().to_owned();
-                Some((id, words.next() == Some(CLEAN)))
+                Some((id, words.next().unwrap_or_default().to_owned()))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error),
@@ -40,13 +41,18 @@ impl BootMark {
         self.found.as_ref().is_some_and(|(id, _)| *id != self.now)
     }
 
-    /// And before, nobody said that all was on disk.
+    /// And before, nobody said that all was on disk; or somebody began to look into that, and did not end.
     pub(super) fn is_unclean(&self) -> bool {
-        self.found.as_ref().is_some_and(|(id, clean)| *id != self.now && !clean)
+        let found = self.found.as_ref();
+        found.is_some_and(|(id, word)| *id != self.now && word != CLEAN || word == DOUBTED)
     }
 
     pub(super) fn mark_dirty(&self, dir: &Path) -> io::Result<()> {
         self.write(dir, DIRTY)
+    }
+
+    pub(super) fn mark_doubted(&self, dir: &Path) -> io::Result<()> {
+        self.write(dir, DOUBTED)
     }
 
     pub(super) fn mark_clean(&self, dir: &Path) -> io::Result<()> {

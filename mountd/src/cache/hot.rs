@@ -2,11 +2,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
-use narlake_format::id::ContentId;
+use narlake_format::id::{ContentId, FileId};
 
-use super::{Cache, Ledger, bytes_on_disk};
+use super::departed::Departed;
+use super::{Cache, bytes_on_disk, synced, verify};
+
+/// Mode of complete files: nobody writes to them. Who may get at them is for the directory to say.
+const MODE: u32 = 0o444;
 
 /// Digits of an id that name its directory in `hot/`; the others name the file. An overlay's redirect has this form too.
 const SHARD_DIGITS: usize = 2;
@@ -15,13 +22,19 @@ impl Cache {
     /// The complete file of this content, if it is here with this size.
     pub fn open_hot(&self, id: &ContentId, size: u64) -> Option<File> {
         let known = self.ledger().get(id).is_some_and(|entry| !entry.partial);
-        if !known {
+        // What the scan has not come to may be there all the same.
+        if !known && !self.is_scanning() {
             return None;
         }
         let opened = File::open(path(&self.dir, id)).and_then(|file| Ok((file.metadata()?.len(), file)));
         match opened {
             Ok((length, file)) if length == size => {
-                self.ledger().touch(id);
+                let mut ledger = self.ledger();
+                if !known && let Ok(metadata) = file.metadata() {
+                    ledger.found(*id, bytes_of(&metadata), false);
+                }
+                ledger.touch(id);
+                drop(ledger);
                 Some(file)
             }
             // Somebody cut it, or removed it: a miss, and filled anew. The file itself may be open elsewhere.
@@ -48,10 +61,11 @@ impl Cache {
     /// Keeps a complete file, whose content the caller has verified. Returns it opened, or `None` when it is not kept.
     pub fn put_hot(&self, id: &ContentId, content: &[u8]) -> Option<File> {
         // What it will take, rounded up as file systems do.
-        if !self.make_room((content.len() as u64).next_multiple_of(4096)) {
-            return None;
-        }
-        match self.write_hot(id, content) {
+        let _room = self.room((content.len() as u64).next_multiple_of(4096))?;
+        match self.write_hot(id, content).or_else(|error| {
+            // The directory may have been removed under us.
+            if self.is_recreated(&error) { self.write_hot(id, content) } else { Err(error) }
+        }) {
             Ok(file) => Some(file),
             Err(error) => {
                 self.not_kept(id, &error);
@@ -70,28 +84,38 @@ impl Cache {
     }
 
     fn write_and_rename(&self, temporary: &Path, id: &ContentId, content: &[u8]) -> io::Result<File> {
-        let mut file = File::options().read(true).write(true).create_new(true).open(temporary)?;
+        let mut file = File::options().read(true).write(true).create_new(true).mode(MODE).open(temporary)?;
         file.write_all(content)?;
+        verify::remember(&file, id, FileId::of(content));
         self.become_hot(temporary, id, &file)?;
         Ok(file)
     }
 
     /// Gives a complete file its final name.
     pub(super) fn become_hot(&self, from: &Path, id: &ContentId, file: &File) -> io::Result<()> {
+        file.set_permissions(fs::Permissions::from_mode(MODE))?;
         let to = path(&self.dir, id);
+        // Held until it has its name: a sync that ends this period comes after.
+        let period = self.period.read().unwrap_or_else(PoisonError::into_inner);
+        synced::stamp(file, *period)?;
+        self.unsynced.store(true, Ordering::Relaxed);
         if let Err(error) = fs::rename(from, &to) {
             if error.kind() != io::ErrorKind::NotFound {
                 return Err(error);
             }
             // The first of its directory.
             if let Some(parent) = to.parent() {
-                fs::create_dir_all(parent)?;
+                fs::create_dir(parent).or_else(|error| match error.kind() {
+                    io::ErrorKind::AlreadyExists => Ok(()),
+                    _ => Err(error),
+                })?;
+                self.ledger().directories += fs::metadata(parent)?.blocks() * 512;
             }
             fs::rename(from, &to)?;
         }
-        let bytes = bytes_on_disk(&file.metadata()?).max(file.metadata()?.len().next_multiple_of(4096));
+        drop(period);
         let mut ledger = self.ledger();
-        ledger.put(*id, bytes, false);
+        ledger.put(*id, bytes_of(&file.metadata()?), false);
         self.show(&ledger);
         Ok(())
     }
@@ -103,16 +127,17 @@ impl Cache {
         self.drop_hot(id);
     }
 
-    fn drop_hot(&self, id: &ContentId) {
+    pub(super) fn drop_hot(&self, id: &ContentId) {
         let mut ledger = self.ledger();
-        remove(&self.dir, id);
+        let bytes = ledger.get(id).map_or(0, |entry| entry.bytes);
+        remove(&self.dir, id, bytes, &mut self.departed());
         ledger.forget(id);
         self.show(&ledger);
     }
 }
 
 /// Where a complete file lies.
-fn path(dir: &Path, id: &ContentId) -> PathBuf {
+pub(super) fn path(dir: &Path, id: &ContentId) -> PathBuf {
     let name = id.to_string();
     let (shard, rest) = name.split_at_checked(SHARD_DIGITS).unwrap_or_default();
     let mut path = dir.join("hot");
@@ -121,37 +146,53 @@ fn path(dir: &Path, id: &ContentId) -> PathBuf {
     path
 }
 
-/// Unlinks a file; true if it is gone.
-pub(super) fn remove(dir: &Path, id: &ContentId) -> bool {
-    match fs::remove_file(path(dir, id)) {
-        Ok(()) => true,
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    }
+/// What a complete file takes, also where the file system has not yet given it all its blocks.
+fn bytes_of(metadata: &fs::Metadata) -> u64 {
+    bytes_on_disk(metadata).max(metadata.len().next_multiple_of(4096))
 }
 
-/// Finds what is there. What has no business there is removed.
-pub(super) fn scan(hot: &Path, ledger: &mut Ledger) -> io::Result<()> {
-    for shard in fs::read_dir(hot)? {
-        let shard = shard?;
-        if !shard.file_type()?.is_dir() {
-            fs::remove_file(shard.path())?;
-            continue;
-        }
-        for file in fs::read_dir(shard.path())? {
-            let file = file?;
-            // Names of 64 digits are of an older layout, and strays like any other.
-            let name = [shard.file_name(), file.file_name()].map(|part| part.into_string().unwrap_or_default());
-            let id = Some(name.concat()).filter(|_| name[0].len() == SHARD_DIGITS);
-            let id = id.and_then(|name| name.parse::<ContentId>().ok());
-            let metadata = file.metadata()?;
-            match id {
-                Some(id) if metadata.is_file() => {
-                    ledger.put(id, bytes_on_disk(&metadata).max(metadata.len().next_multiple_of(4096)), false);
+/// Unlinks a file that takes this many bytes; true if it is gone.
+pub(super) fn remove(dir: &Path, id: &ContentId, bytes: u64, departed: &mut Departed) -> bool {
+    departed.unlink(&path(dir, id), bytes)
+}
+
+/// The directories of complete files.
+pub(super) fn shards(hot: &Path) -> Vec<PathBuf> {
+    fs::read_dir(hot).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// Ids of the complete files in one of them.
+pub(super) fn ids(shard: &Path) -> Vec<ContentId> {
+    let files = fs::read_dir(shard).into_iter().flatten().flatten();
+    files.filter_map(|file| id_of(shard, &file.file_name())).collect()
+}
+
+fn id_of(shard: &Path, name: &std::ffi::OsStr) -> Option<ContentId> {
+    let shard = shard.file_name()?.to_str().filter(|shard| shard.len() == SHARD_DIGITS)?;
+    // Names of 64 digits are of an older layout, and strays like any other.
+    format!("{shard}{}", name.to_str()?).parse().ok()
+}
+
+/// Finds what is there. What has no business there is removed. With `doubted`, a period, those that are not known to
+/// have been on disk with it are named in `suspects`.
+pub(super) fn scan(cache: &Cache, shard: &Path, doubted: Option<u64>, suspects: &mut Vec<ContentId>) -> io::Result<()> {
+    if !fs::symlink_metadata(shard)?.is_dir() {
+        return fs::remove_file(shard);
+    }
+    for file in fs::read_dir(shard)? {
+        let file = file?;
+        // Evicted or removed since the directory was read.
+        let Ok(metadata) = file.metadata() else { continue };
+        match id_of(shard, &file.file_name()) {
+            Some(id) if metadata.is_file() => {
+                cache.ledger().found(id, bytes_of(&metadata), false);
+                if doubted.is_some_and(|period| !synced::covers(period, metadata.mtime())) {
+                    suspects.push(id);
                 }
-                _ => {
-                    tracing::warn!(file = %file.path().display(), "removed a stray file from the cache");
-                    if metadata.is_dir() { fs::remove_dir_all(file.path())? } else { fs::remove_file(file.path())? }
-                }
+            }
+            _ => {
+                tracing::warn!(file = %file.path().display(), "removed a stray file from the cache");
+                if metadata.is_dir() { fs::remove_dir_all(file.path())? } else { fs::remove_file(file.path())? }
             }
         }
     }

@@ -13,10 +13,14 @@ use std::sync::Arc;
 
 use narlake_format::id::ContentId;
 
-use super::{Cache, Ledger, bytes_on_disk};
+use super::departed::Departed;
+use super::{Cache, bytes_on_disk, verify};
 
 const MAGIC: &[u8; 8] = b"NLPART01";
 const HEADER_LEN: usize = 24;
+
+/// What a map takes on disk, nearly always: one block for up to 4,072 chunks.
+const MAP_BYTES: u64 = 4096;
 
 /// An open partial file. While it is open, it is not evicted.
 pub struct Partial {
@@ -34,6 +38,11 @@ impl Partial {
         if size > cache.settings.bytes_max {
             return None;
         }
+        // Before there is a file: a scan takes half of a pair that is not in the ledger for a stray.
+        let is_new = cache.ledger().get(id).is_none();
+        if is_new {
+            cache.ledger().put(*id, 2 * MAP_BYTES, true);
+        }
         let opened = cache.open_partial(id, size, chunks).or_else(|error| {
             if error.kind() != io::ErrorKind::InvalidData && error.kind() != io::ErrorKind::NotFound {
                 return Err(error);
@@ -43,18 +52,25 @@ impl Partial {
                 cache.metrics.cache_damaged.inc();
                 cache.drop_partial(id);
             }
-            cache.make_partial(id, size, chunks)
+            cache.make_partial(id, size, chunks).or_else(|error| {
+                // The directory may have been removed under us.
+                if cache.is_recreated(&error) { cache.make_partial(id, size, chunks) } else { Err(error) }
+            })
         });
         match opened {
             Ok((data, map, present)) => {
                 let mut ledger = cache.ledger();
-                if ledger.get(id).is_none() {
-                    ledger.put(*id, 4096, true);
+                if is_new || ledger.get(id).is_none() {
+                    // Both files; what is in them already if the scan has not come to them.
+                    ledger.put(*id, data.metadata().map_or(0, |metadata| bytes_on_disk(&metadata)) + MAP_BYTES, true);
                 }
                 ledger.hold(id, true);
                 Some((Self { cache: Arc::clone(cache), id: *id, data: Arc::new(data), map }, present))
             }
             Err(error) => {
+                if is_new {
+                    cache.ledger().forget(id);
+                }
                 cache.not_kept(id, &error);
                 None
             }
@@ -70,9 +86,7 @@ impl Partial {
     /// Keeps consecutive chunks, the first of number `first`, whose content the caller has verified. False when they
     /// are not kept.
     pub fn put(&self, first: usize, count: usize, offset: u64, content: &[u8]) -> bool {
-        if !self.cache.make_room((content.len() as u64).next_multiple_of(4096)) {
-            return false;
-        }
+        let Some(_room) = self.cache.room((content.len() as u64).next_multiple_of(4096)) else { return false };
         let marks = vec![1; count];
         let written = self
             .data
@@ -82,7 +96,7 @@ impl Partial {
         match written {
             Ok(metadata) => {
                 let mut ledger = self.cache.ledger();
-                ledger.put(self.id, bytes_on_disk(&metadata), true);
+                ledger.put(self.id, bytes_on_disk(&metadata) + MAP_BYTES, true);
                 self.cache.show(&ledger);
                 true
             }
@@ -96,6 +110,12 @@ impl Partial {
     /// All chunks are in: gives the file its final name.
     pub fn complete(&self) {
         let (data, map) = paths(&self.cache.dir, &self.id);
+        match verify::hash(&self.data, &mut |_| true) {
+            Ok(Some(sum)) => verify::remember(&self.data, &self.id, sum),
+            // What cannot be read back is no complete file.
+            Ok(None) => return,
+            Err(error) => return self.cache.not_kept(&self.id, &error),
+        }
         match self.cache.become_hot(&data, &self.id, &self.data) {
             // A map without its data is removed by the next scan.
             Ok(()) => drop(fs::remove_file(map)),
@@ -142,14 +162,15 @@ impl Cache {
             Ok((data, map, vec![false; chunks]))
         })();
         if made.is_err() {
-            remove(&self.dir, id);
+            remove(&self.dir, id, 0, &mut self.departed());
         }
         made
     }
 
     fn drop_partial(&self, id: &ContentId) {
         let mut ledger = self.ledger();
-        remove(&self.dir, id);
+        let bytes = ledger.get(id).map_or(0, |entry| entry.bytes);
+        remove(&self.dir, id, bytes, &mut self.departed());
         ledger.forget(id);
         self.show(&ledger);
     }
@@ -169,19 +190,15 @@ fn paths(dir: &Path, id: &ContentId) -> (PathBuf, PathBuf) {
     (partial.join(id.to_string()), partial.join(format!("{id}.map")))
 }
 
-/// Unlinks both files; true if they are gone.
-pub(super) fn remove(dir: &Path, id: &ContentId) -> bool {
+/// Unlinks both files, which take this many bytes together; true if they are gone.
+pub(super) fn remove(dir: &Path, id: &ContentId, bytes: u64, departed: &mut Departed) -> bool {
     let (data, map) = paths(dir, id);
-    let gone = |path| match fs::remove_file(path) {
-        Ok(()) => true,
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    };
     // The map first: data without a map is nothing, a map without data is damage.
-    gone(map) && gone(data)
+    departed.unlink(&map, 0) && departed.unlink(&data, bytes)
 }
 
-/// Finds what is there. Halves of a pair are removed.
-pub(super) fn scan(partial: &Path, ledger: &mut Ledger) -> io::Result<()> {
+/// Finds what is there. Halves of a pair are removed, but not of one that is being made: the ledger knows it before.
+pub(super) fn scan(partial: &Path, cache: &Cache) -> io::Result<()> {
     for file in fs::read_dir(partial)? {
         let file = file?;
         let name = file.file_name();
@@ -191,11 +208,14 @@ pub(super) fn scan(partial: &Path, ledger: &mut Ledger) -> io::Result<()> {
             None => partial.join(format!("{name}.map")),
         };
         let id: Option<ContentId> = name.strip_suffix(".map").unwrap_or(name).parse().ok();
+        let mut ledger = cache.ledger();
         match id {
+            Some(id) if ledger.get(&id).is_some() => {}
             Some(id) if other.try_exists()? => {
-                // Used long ago, as far as anyone knows; complete files were put after it and outlive it.
-                if !name.ends_with(".map") && ledger.get(&id).is_none() {
-                    ledger.put(id, bytes_on_disk(&file.metadata()?), true);
+                if !name.ends_with(".map")
+                    && let Ok(metadata) = file.metadata()
+                {
+                    ledger.found(id, bytes_on_disk(&metadata) + MAP_BYTES, true);
                 }
             }
             _ => {

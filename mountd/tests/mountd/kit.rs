@@ -342,8 +342,8 @@ impl World {
     /// The file system over this lake, without a kernel.
     pub(crate) fn store(&self) -> Store {
         let dir = self.dir.path().join("cache");
-        let settings = CacheSettings { bytes_max: self.cache_bytes };
-        let cache = Arc::new(Cache::open(&dir, settings, &self.metrics).unwrap());
+        let settings = CacheSettings { bytes_max: self.cache_bytes, ..CacheSettings::default() };
+        let cache = Cache::open(&dir, settings, &self.metrics).unwrap();
         let nodes = Arc::new(NodeTable::open(&dir.join("nodes"), cache.booted_since()).unwrap());
         let own = Own {
             lower: "/nonexistent".into(),
