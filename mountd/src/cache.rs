@@ -366,7 +366,7 @@ fn bytes_on_disk(metadata: &fs::Metadata) -> u64 {
     (metadata.blocks() * 512).max(4096)
 }
 
-/// Takes the lock of a cache directory, within this time.
+/// Takes the lock of a cache directory, within this time. The kernel has no wait for a file lock that ends at a deadline.
 fn lock(dir: &Path, limit: Duration) -> Result<File, CacheError> {
     let path = dir.join("lock");
     let failed = |operation| {
@@ -379,7 +379,7 @@ fn lock(dir: &Path, limit: Duration) -> Result<File, CacheError> {
     loop {
         match lock.try_lock() {
             Ok(()) => return Ok(lock),
-            Err(TryLockError::WouldBlock) if begun.elapsed() < limit => std::thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock) if begun.elapsed() < limit => std::thread::park_timeout(LOCK_PAUSE),
             Err(TryLockError::WouldBlock) => return Err(CacheError::InUse { dir: dir.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
         }

@@ -38,7 +38,7 @@ pub(super) fn write(dir: &Path, period: u64) -> io::Result<()> {
 /// Stamps a file.
 pub(super) fn stamp(file: &File, period: u64) -> io::Result<()> {
     let times = Timestamps {
-        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT.into() },
+        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
         last_modification: Timespec { tv_sec: period.cast_signed(), tv_nsec: 0 },
     };
     Ok(futimens(file, &times)?)

@@ -297,7 +297,7 @@ fn the_scrub_drops_damage_alone() {
     let begun = Instant::now();
     while metrics.cache_scrubbed_bytes.get() < 100_000 || path.exists() {
         assert!(begun.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::park_timeout(Duration::from_millis(20));
     }
     assert_eq!((cache.len(), metrics.cache_damaged.get()), (4, 1));
 }
@@ -323,7 +323,7 @@ fn a_second_daemon_waits_for_the_first() {
     let second = Cache::open_waiting(dir.path(), settings(1), &Metrics::new(), Duration::from_millis(50));
     assert!(matches!(second, Err(CacheError::InUse { .. })) && begun.elapsed() < Duration::from_secs(10));
     let first = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::park_timeout(Duration::from_millis(300));
         drop(cache);
     });
     Cache::open_waiting(dir.path(), settings(1 << 20), &Metrics::new(), Duration::from_secs(20)).unwrap();
