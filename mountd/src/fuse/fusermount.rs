@@ -4,12 +4,13 @@
 //! (libfuse, util/fusermount.c and lib/mount.c). The mount is nosuid and nodev whatever is asked, and its directory must
 //! be the user's. Others see it, root among them, only if /etc/fuse.conf says `user_allow_other`.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::cmsg_space;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -26,8 +27,8 @@ const CONFIGURATION: &str = "/etc/fuse.conf";
 /// Longest time that the helper may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How often is looked whether it is done.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Most bytes of what it says that are read.
+const WORDS_MAX: u64 = 64 * 1024;
 
 /// Mounts on a directory; the descriptor is the session's.
 ///
@@ -78,28 +79,25 @@ pub(super) fn unmount(dir: &Path, lazy: bool) -> Result<(), MountError> {
     Err(MountError::kernel("unmount, by fusermount3,", dir)(io::Error::other(said)))
 }
 
-/// Runs the helper until it is done or its time is up. What it says fits in a pipe.
+/// Runs the helper until it is done or its time is up: then its end of the socket that it writes errors to is closed.
 fn run(mut command: Command) -> io::Result<Output> {
+    let (mut words, theirs) = UnixStream::pair()?;
+    words.set_read_timeout(Some(LIMIT))?;
     // Its words are looked at.
-    let mut child =
-        command.env("LC_ALL", "C").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(|error| match error
-            .kind()
-        {
-            io::ErrorKind::NotFound => io::Error::new(error.kind(), "there is no fusermount3; install fuse3"),
-            _ => error,
-        })?;
+    command.env("LC_ALL", "C").stdout(Stdio::null()).stderr(Stdio::from(OwnedFd::from(theirs)));
+    let mut child = command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => io::Error::new(error.kind(), "there is no fusermount3; install fuse3"),
+        _ => error,
+    })?;
     // The descriptors that it was given are its own from here on.
     drop(command);
-    let until = Instant::now() + LIMIT;
-    while child.try_wait()?.is_none() {
-        if Instant::now() >= until {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "fusermount3 does not come back"));
-        }
-        std::thread::sleep(LOOK_EVERY);
+    let mut stderr = Vec::new();
+    if let Err(error) = Read::by_ref(&mut words).take(WORDS_MAX).read_to_end(&mut stderr) {
+        child.kill()?;
+        child.wait()?;
+        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("fusermount3 does not come back: {error}")));
     }
-    child.wait_with_output()
+    Ok(Output { status: child.wait()?, stdout: Vec::new(), stderr })
 }
 
 /// The descriptor that was sent, if one was.

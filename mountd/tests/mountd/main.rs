@@ -8,6 +8,7 @@ mod ahead;
 mod control;
 mod direct;
 mod elsewhere;
+mod handed_on;
 mod kit;
 mod mounted;
 mod nix;
