@@ -5,7 +5,7 @@ use std::future::pending;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -109,6 +109,8 @@ pub(crate) struct Source {
     lake: Lake,
     cache: narlake_storage::Cache,
     mood: AtomicU8,
+    /// Whether bytes of packs are wrong.
+    pub(crate) lies: AtomicBool,
     /// Every answer takes this long, in microseconds.
     delay_us: AtomicU64,
     /// When the line to the source, of 100 Mbit/s while there is a delay, is free.
@@ -175,7 +177,11 @@ impl BlobSource for Source {
         self.reads.fetch_add(1, Ordering::SeqCst);
         self.read_bytes.fetch_add(range.end - range.start, Ordering::SeqCst);
         self.travel(range.end - range.start).await;
-        self.lake.read_pack(pack, range).await
+        let bytes = self.lake.read_pack(pack, range).await?;
+        if self.lies.load(Ordering::SeqCst) {
+            return Ok(bytes.iter().map(|byte| byte ^ 4).collect());
+        }
+        Ok(bytes)
     }
 
     async fn size(&self, pack: &PackRef) -> Result<u64, Error> {
@@ -269,6 +275,7 @@ impl World {
             lake: lake.clone(),
             cache,
             mood: AtomicU8::new(Mood::Answers as u8),
+            lies: AtomicBool::new(false),
             delay_us: AtomicU64::new(0),
             line: tokio::sync::Mutex::default(),
             lookups: AtomicU64::new(0),

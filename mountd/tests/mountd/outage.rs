@@ -109,6 +109,31 @@ async fn damaged_metadata_is_fetched_again() {
     assert!(world.metrics.cache_damaged.get() >= 10, "{}", world.metrics.cache_damaged.get());
 }
 
+/// Content that does not verify is an error that says where it was read from, never other bytes; and it is well again
+/// as soon as the source is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_lies() {
+    use narlake_mountd::fs::Found;
+    use narlake_mountd::fs::nodes::NodeId;
+    let world = World::new().await;
+    let content = noise(5, 400_000);
+    let path = world.push("file", &file(&content), &[]).await;
+    let store = world.store();
+    let Found::Entry(attr) = store.lazy.lookup(NodeId::ROOT, path.to_string().as_bytes()).await.unwrap() else {
+        panic!("it is there");
+    };
+    world.source.lies.store(true, Ordering::SeqCst);
+    for offset in [0, 200_000] {
+        let error = store.lazy.read(attr.node, offset, 4096).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::IO);
+        let text = narlake_format::error::chain(&error);
+        assert!(text.contains("packs/public/") && text.contains("frame at"), "{text}");
+    }
+    world.source.lies.store(false, Ordering::SeqCst);
+    assert!(*store.lazy.read(attr.node, 0, 131_072).await.unwrap() == content[..131_072]);
+    assert!(*store.lazy.read(attr.node, 200_000, 4096).await.unwrap() == content[200_000..204_096]);
+}
+
 /// Threads of this process that the kernel does not let go of.
 fn stuck_threads() -> usize {
     let states = fs::read_dir("/proc/self/task").unwrap().filter_map(|task| {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -320,7 +321,15 @@ impl Tower {
             Some(ticket) => self.turns.ahead(ticket).await,
         };
         let _turn = turn.ok_or(Error::Stopped("fetch"))?;
-        if ticket.is_some() { self.read(pack, range).await } else { self.read_hedged(pack, range).await }
+        let mut first = std::pin::pin!(self.read(pack, range.clone()));
+        if let Some(ticket) = ticket {
+            // Late is late only for somebody who waits.
+            tokio::select! {
+                read = &mut first => return read,
+                () = ticket.lifted() => {}
+            }
+        }
+        self.hedged(first, pack, range).await
     }
 
     /// Takes one frame out of what was read from `start` on.
@@ -366,13 +375,16 @@ impl Tower {
         Ok(contents)
     }
 
-    /// Reads, and reads a second time where the first takes longer than nearly all do. The first answer counts.
-    async fn read_hedged(&self, pack: PackRef, range: Range<u64>) -> Result<Bytes, Error> {
-        let first = self.read(pack, range.clone());
+    /// Waits for a read, and reads a second time where it takes longer than nearly all do. The first answer counts.
+    async fn hedged(
+        &self,
+        mut first: Pin<&mut impl Future<Output = Result<Bytes, Error>>>,
+        pack: PackRef,
+        range: Range<u64>,
+    ) -> Result<Bytes, Error> {
         let Some(patience) = self.hedge.patience(range.end - range.start).filter(|_| self.hedged) else {
             return first.await;
         };
-        let mut first = std::pin::pin!(first);
         if let Ok(read) = tokio::time::timeout(patience, &mut first).await {
             return read;
         }

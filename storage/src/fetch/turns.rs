@@ -45,10 +45,17 @@ impl Ticket {
 
     /// Somebody waits for it now. False if it has been dropped and will never be read.
     pub(super) fn lift(&self) -> bool {
-        if self.leave_queue(LIFTED) {
+        self.leave_queue(LIFTED);
+        let alive = self.state.load(Ordering::Acquire) != DROPPED;
+        if alive {
             self.lifted.notify_one();
         }
-        self.state.load(Ordering::Acquire) != DROPPED
+        alive
+    }
+
+    /// Done when somebody waits for it.
+    pub(super) async fn lifted(&self) {
+        self.lifted.notified().await;
     }
 
     fn leave_queue(&self, state: u8) -> bool {

@@ -154,11 +154,25 @@ async fn a_lost_read_is_asked_for_again() {
     assert!(fetcher.fetch(&chunks(&ids[50..51])).await.unwrap() == content[50..51]);
     assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
     assert_eq!((fetcher.stats().hedges, shelf.reads()), (1, 52));
+    // So is one that was read ahead, once somebody waits for it.
+    for (n, bytes) in blobs(90)[60..].iter().enumerate() {
+        let more = shelf.put(n as u128 + 100, std::slice::from_ref(bytes));
+        fetcher.fetch(&chunks(&more)).await.unwrap();
+    }
+    let interest = Interest::default();
+    let reads = shelf.reads();
+    shelf.stall_next.store(true, Ordering::SeqCst);
+    fetcher.ahead(plan(&ids[58..59], &interest));
+    a_while().await;
+    assert_eq!(shelf.reads(), reads + 1, "nobody is in a hurry");
+    let began = Instant::now();
+    assert!(fetcher.fetch(&chunks(&ids[58..59])).await.unwrap() == content[58..59]);
+    assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
     // Where none is answered, few are asked for twice, and the deadline holds.
     shelf.silent.store(true, Ordering::SeqCst);
-    let all = ids[51..].iter().map(|id| async { fetcher.fetch(&chunks(&[*id])).await.unwrap_err() });
+    let all = ids[51..58].iter().map(|id| async { fetcher.fetch(&chunks(&[*id])).await.unwrap_err() });
     let began = Instant::now();
     futures::future::join_all(all).await;
     assert_eq!(began.elapsed(), Duration::from_secs(5));
-    assert!(fetcher.stats().hedges <= 3, "{:?}", fetcher.stats());
+    assert!(fetcher.stats().hedges * 20 <= fetcher.stats().requests, "{:?}", fetcher.stats());
 }
