@@ -15,6 +15,7 @@
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
 //! | [`overlay`], [`mountinfo`], [`mount_error`] | overlays over the mount, and mounts in general |
 //! | [`mounter`], [`supervisor`] | who mounts; the process that keeps mounts when a daemon dies |
+//! | [`sealed`] | images of closures for views that the kernel serves alone |
 //! | [`nix_socket`] | what Nix asks its lower store |
 //! | [`control`] | what the `narlake` command asks |
 //! | [`metrics`], [`metrics_page`] | what it counts |
@@ -45,6 +46,7 @@ pub mod overlay;
 pub mod privilege;
 pub mod reader;
 pub mod remote;
+pub mod sealed;
 pub mod shutdown;
 pub mod supervisor;
 pub mod trust;
