@@ -34,6 +34,7 @@ use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
 use crate::privilege;
 use crate::remote::{Remote, RemoteSettings};
+use crate::sealed::{Parts as SealedParts, Sealed};
 use crate::shutdown::StopSignals;
 use crate::trust::TrustedKeys;
 use crate::view::{RECORDS_BYTES, RecordSource, View, ViewSettings};
@@ -88,6 +89,7 @@ pub struct Daemon {
     view: View,
     overlays: Arc<Overlays>,
     views: Arc<Views>,
+    sealed: Arc<Sealed>,
     cache: Arc<Cache>,
     fetcher: Fetcher,
     sockets: [PathBuf; 2],
@@ -349,6 +351,24 @@ impl Daemon {
             metrics: metrics.clone(),
         });
         views.restore().await;
+        let sealed = Sealed::new(SealedParts {
+            store: store.clone(),
+            view: view.clone(),
+            cache: Arc::clone(&cache),
+            own: overlays.own().clone(),
+            mounter: mounter.clone(),
+            metrics: metrics.clone(),
+        });
+        let sealed = sealed.context("open the images of sealed views")?;
+        sealed.restore().await;
+        cache.set_holders({
+            let sealed = Arc::downgrade(&sealed);
+            Arc::new(move || {
+                if let Some(sealed) = sealed.upgrade() {
+                    sealed.release();
+                }
+            })
+        });
         tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
         let identity = Identity {
             mount: serving.dir().to_owned(),
@@ -361,6 +381,7 @@ impl Daemon {
             view: view.clone(),
             overlays: Arc::clone(&overlays),
             views: Arc::clone(&views),
+            sealed: Arc::clone(&sealed),
             cache: Arc::clone(&cache),
             nodes,
             fetcher: fetcher.clone(),
@@ -371,7 +392,7 @@ impl Daemon {
         tasks.close();
         tracing::info!(mount = %serving.dir().display(), server = %config.server, "serving");
         let sockets = [config.nix_socket.clone(), config.control.clone()];
-        Ok(Self { mounter, serving, store, view, overlays, views, cache, fetcher, sockets, stop, tasks })
+        Ok(Self { mounter, serving, store, view, overlays, views, sealed, cache, fetcher, sockets, stop, tasks })
     }
 
     /// Stops: no further requests, overlays and mount gone, the cache left in order. Under a supervisor the mounts stay,
@@ -395,8 +416,9 @@ impl Daemon {
         if tokio::time::timeout(OVERLAYS_DOWN_TIMEOUT, blocking(move || overlays.down_all())).await.is_err() {
             tracing::warn!("an overlay does not let go, going on without it");
         }
-        let views = self.views;
+        let (views, sealed) = (self.views, self.sealed);
         blocking(move || {
+            sealed.stop();
             views.stop();
             let stopped = serving.stop();
             cache.close();

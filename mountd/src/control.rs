@@ -25,6 +25,7 @@ use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::overlay::{Handed, Overlays};
+use crate::sealed::{Sealed, SealedError};
 use crate::view::{View, ViewError};
 use crate::views::{Views, ViewsError};
 
@@ -61,6 +62,8 @@ pub struct Control {
     pub overlays: Arc<Overlays>,
     /// Further views.
     pub views: Arc<Views>,
+    /// Sealed views.
+    pub sealed: Arc<Sealed>,
     /// The cache.
     pub cache: Arc<Cache>,
     /// The node table.
@@ -152,10 +155,23 @@ impl Control {
                 };
                 Ok(ControlResponse::Overlay(overlays.up(upper, work, merged).await?))
             }
+            ControlRequest::SealedUp { roots, upper, work, merged } => {
+                let roots = self.store_paths(&roots)?;
+                let upper = match (upper, work) {
+                    (Some(upper), Some(work)) => Some((upper, work)),
+                    (None, None) => None,
+                    _ => return Err(ControlError::Halves),
+                };
+                Ok(ControlResponse::Overlay(self.sealed.up(&roots, upper, merged).await?))
+            }
             ControlRequest::OverlayAdopt { merged } => {
                 Ok(ControlResponse::Overlay(self.overlays.adopt(merged, handed).await?))
             }
             ControlRequest::OverlayDown { merged, lazy } => {
+                if let Some(down) = self.sealed.down(&merged, lazy).await {
+                    down?;
+                    return Ok(ControlResponse::Done);
+                }
                 let of_view = self.views.overlay_on(&merged).map(|(overlays, _)| overlays);
                 of_view.as_ref().unwrap_or(&self.overlays).down(merged, lazy, handed).await?;
                 Ok(ControlResponse::Done)
@@ -200,17 +216,22 @@ impl Control {
 
     fn all_overlays(&self) -> Vec<OverlayInfo> {
         let of_views = self.views.overlaid().into_iter().flat_map(|(overlays, _)| overlays.list());
-        self.overlays.list().into_iter().chain(of_views).collect()
+        self.overlays.list().into_iter().chain(of_views).chain(self.sealed.list()).collect()
     }
 
-    async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
-        let timer = self.metrics.ensure_seconds.start_timer();
+    /// Paths as people write them, with the store directory or without.
+    fn store_paths(&self, paths: &[String]) -> Result<Vec<StorePath>, ControlError> {
         let dir = self.view.store_dir();
         let parse = |path: &String| {
             let parsed = if path.starts_with('/') { StorePath::parse_absolute(dir, path) } else { path.parse() };
             parsed.map_err(|_| ControlError::Path { path: path.clone(), dir: dir.to_string() })
         };
-        let paths: Vec<StorePath> = paths.iter().map(parse).collect::<Result<_, _>>()?;
+        paths.iter().map(parse).collect()
+    }
+
+    async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
+        let timer = self.metrics.ensure_seconds.start_timer();
+        let paths = self.store_paths(paths)?;
         let limit = timeout_s.map_or(self.deadline, Duration::from_secs).min(ENSURE_MAX);
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let ensured = tokio::time::timeout(limit, self.view.ensure(&paths)).await;
@@ -261,6 +282,10 @@ enum ControlError {
     Views(#[from] ViewsError),
     #[error("{path} is not a store path of {dir}")]
     Path { path: String, dir: String },
+    #[error(transparent)]
+    Sealed(#[from] SealedError),
+    #[error("an upper directory needs a work directory, and the other way round")]
+    Halves,
     #[error("the daemon is stopping")]
     Stopping,
 }
@@ -268,13 +293,17 @@ enum ControlError {
 impl ControlError {
     fn kind(&self) -> ControlErrorKind {
         match self {
-            Self::Path { .. } => ControlErrorKind::Invalid,
+            Self::Path { .. } | Self::Halves => ControlErrorKind::Invalid,
+            Self::Sealed(SealedError::Missing { .. }) => ControlErrorKind::NotFound,
+            Self::Sealed(SealedError::Unverified) => ControlErrorKind::Unavailable,
+            Self::Sealed(SealedError::Load { .. } | SealedError::Image(_)) => ControlErrorKind::Failed,
             Self::Stopping => ControlErrorKind::Unavailable,
             Self::Views(ViewsError::Invalid { .. } | ViewsError::Token { .. }) => ControlErrorKind::Invalid,
             Self::Views(ViewsError::Unknown { .. }) => ControlErrorKind::NotFound,
             Self::Views(ViewsError::State(_)) => ControlErrorKind::Failed,
             Self::View(ViewError::Overlay(error))
             | Self::Views(ViewsError::View(ViewError::Overlay(error)) | ViewsError::Mount(error))
+            | Self::Sealed(SealedError::View(ViewError::Overlay(error)) | SealedError::Mount(error))
             | Self::Overlay(error) => match error {
                 MountError::Refused { .. } => ControlErrorKind::Invalid,
                 MountError::Unknown { .. } => ControlErrorKind::NotFound,
@@ -282,10 +311,13 @@ impl ControlError {
                 MountError::Late { .. } => ControlErrorKind::Unavailable,
                 MountError::Kernel { .. } => ControlErrorKind::Failed,
             },
-            Self::View(error) | Self::Views(ViewsError::View(error)) if error.is_outage() => {
-                ControlErrorKind::Unavailable
+            Self::View(error) | Self::Views(ViewsError::View(error)) | Self::Sealed(SealedError::View(error)) => {
+                if error.is_outage() {
+                    ControlErrorKind::Unavailable
+                } else {
+                    ControlErrorKind::Failed
+                }
             }
-            Self::View(_) | Self::Views(ViewsError::View(_)) => ControlErrorKind::Failed,
         }
     }
 }

@@ -9,6 +9,7 @@
 //! Every operation ends within the deadline, and every failure is counted and logged here, with its path.
 
 pub mod attr;
+pub mod contents;
 pub mod error;
 pub mod nodes;
 pub mod tree;
@@ -25,9 +26,11 @@ use narlake_format::lake::scrub::PatchList;
 use narlake_format::nix::store_path::StorePath;
 
 use self::attr::{Attr, Kind};
+use self::contents::{Contents, Named};
 use self::error::FsError;
 use self::nodes::{NodeId, NodeTable, ObjectKey};
-use self::objects::{Object, Objects, Origin};
+pub(crate) use self::objects::Object;
+use self::objects::{Objects, Origin};
 use self::tree::EntryNumber;
 use self::trees::Trees;
 use crate::cache::Cache;
@@ -72,6 +75,8 @@ struct Inner {
     reader: Arc<Reader>,
     settings: StoreSettings,
     metrics: Metrics,
+    /// Set where content is looked up by its own name.
+    contents: Option<Arc<dyn Contents>>,
 }
 
 /// A directory's entries, at the time it was listed; immutable below the root.
@@ -105,7 +110,18 @@ impl LazyStore {
         let objects = Arc::new(Objects::new(Arc::clone(&settings.trees), settings.tree_bytes, metrics));
         let reader = Arc::new(Reader::new(blobs.fetcher().clone(), cache, metrics));
         let origin = Origin { blobs: blobs.clone(), view: view.clone() };
-        Self { inner: Arc::new(Inner { view, nodes, origin, objects, reader, settings, metrics: metrics.clone() }) }
+        Self {
+            inner: Arc::new(Inner {
+                view,
+                nodes,
+                origin,
+                objects,
+                reader,
+                settings,
+                metrics: metrics.clone(),
+                contents: None,
+            }),
+        }
     }
 
     /// A store of what another view shows, which shares nodeids, trees and content with this one: those are the same
@@ -126,8 +142,31 @@ impl LazyStore {
             reader,
             settings: inner.settings.clone(),
             metrics: inner.metrics.clone(),
+            contents: None,
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// The same content, by its own name.
+    #[must_use]
+    pub fn of_contents(&self, contents: Arc<dyn Contents>) -> Self {
+        let mut this = self.of_view(self.inner.view.clone(), None);
+        if let Some(inner) = Arc::get_mut(&mut this.inner) {
+            inner.contents = Some(contents);
+        }
+        this
+    }
+
+    /// A store object with its number, loaded. Cancel safe.
+    ///
+    /// # Errors
+    /// When its number cannot be written down, or its tree not be had.
+    pub(crate) async fn load(&self, key: ObjectKey) -> Result<(nodes::ObjectNumber, Arc<Object>), FsError> {
+        let number = match self.inner.nodes.number(&key) {
+            Some(number) => number,
+            None => self.number(key.clone()).await?,
+        };
+        Ok((number, self.inner.objects.get(number, &self.inner.origin, || Some(key)).await?))
     }
 
     /// The entry of this name in a directory. Cancel safe.
@@ -136,6 +175,16 @@ impl LazyStore {
     /// When it cannot be found out whether there is one.
     pub async fn lookup(&self, parent: NodeId, name: &[u8]) -> Result<Found, FsError> {
         let work = async {
+            if let Some(contents) = &self.inner.contents {
+                return match contents::lookup(contents.as_ref(), parent, name) {
+                    Named::Directory(attr) => Ok(Found::Entry(attr)),
+                    Named::Nothing => Ok(Found::NotNow),
+                    Named::Content(node) => {
+                        let (object, _, entry) = self.object(node).await?;
+                        Ok(Found::Entry(attr(&object, node, entry)))
+                    }
+                };
+            }
             if parent == NodeId::ROOT {
                 return self.lookup_root(name).await;
             }
@@ -156,6 +205,9 @@ impl LazyStore {
         let work = async {
             if node == NodeId::ROOT {
                 return Ok(Attr::directory(node));
+            }
+            if let Some(attr) = self.inner.contents.as_ref().and_then(|_| contents::directory_of(node)) {
+                return Ok(attr);
             }
             let (object, _, entry) = self.object(node).await?;
             Ok(attr(&object, node, entry))
@@ -202,8 +254,9 @@ impl LazyStore {
     /// When the entry is no directory, or its tree cannot be had.
     pub async fn list(&self, node: NodeId) -> Result<Listing, FsError> {
         let work = async {
-            if node == NodeId::ROOT {
-                return Ok(Listing { node, parent: node, object: None });
+            let hidden = self.inner.contents.is_some() && contents::directory_of(node).is_some();
+            if node == NodeId::ROOT || hidden {
+                return Ok(Listing { node, parent: NodeId::ROOT, object: None });
             }
             let (object, number, entry) = self.object(node).await?;
             object.tree.children(entry).ok_or(FsError::NotDirectory)?;

@@ -85,6 +85,8 @@ pub struct Metrics {
     pub objects: IntGauge,
     /// Trees loaded.
     pub trees_loaded: IntCounter,
+    /// Images of closures made for sealed views.
+    pub images_made: IntCounter,
     /// Bytes that trees of store objects take on disk.
     pub tree_bytes: IntGauge,
     /// Names that the kernel was told do not exist, and that are remembered.
@@ -258,6 +260,11 @@ impl Metrics {
                 &registry,
                 "narlake_mountd_trees_loaded_total",
                 "Trees of store objects loaded from manifests",
+            ),
+            images_made: counter(
+                &registry,
+                "narlake_mountd_images_made_total",
+                "Images of closures made for sealed views",
             ),
             tree_bytes: gauge(&registry, "narlake_mountd_tree_bytes", "Bytes that trees of store objects take on disk"),
             negative_names: gauge(

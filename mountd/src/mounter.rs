@@ -210,6 +210,43 @@ impl Mounter {
         lease.overlay(&Request::OverlayAdopt { own: own.clone(), merged: merged.to_owned() })
     }
 
+    /// Mounts a sealed view: layers over an image, with content from these directories. Returns where, canonical, and a
+    /// clone of the mount.
+    ///
+    /// # Errors
+    /// When it would hurt, or the kernel refuses.
+    pub fn sealed_up(
+        &self,
+        own: &Own,
+        image: &Path,
+        content: &[PathBuf],
+        upper: Option<&(PathBuf, PathBuf)>,
+        merged: &Path,
+    ) -> Result<(PathBuf, OwnedFd), MountError> {
+        let Self::Supervised(lease) = self else { return hands::sealed_up(own, image, content, upper, merged) };
+        let request = Request::SealedUp {
+            own: own.clone(),
+            image: image.to_owned(),
+            content: content.to_vec(),
+            upper: upper.cloned(),
+            merged: merged.to_owned(),
+        };
+        let (answer, descriptors) = lease.ask(&request, &[])?;
+        match (answer, <[OwnedFd; 1]>::try_from(descriptors)) {
+            (Answer::Sealed { merged }, Ok([tree])) => Ok((merged, tree)),
+            _ => Err(misunderstood(&lease.socket)),
+        }
+    }
+
+    /// Unmounts a sealed view.
+    ///
+    /// # Errors
+    /// When it is in use and `lazy` is not set, or the kernel refuses.
+    pub fn sealed_down(&self, merged: &Path, lazy: bool) -> Result<(), MountError> {
+        let Self::Supervised(lease) = self else { return hands::sealed_down(merged, lazy) };
+        done(lease.ask(&Request::SealedDown { merged: merged.to_owned(), lazy }, &[])?, &lease.socket)
+    }
+
     /// Unmounts an overlay.
     ///
     /// # Errors

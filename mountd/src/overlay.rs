@@ -38,6 +38,7 @@ use self::care::{LOOKS_MAX, Overlay};
 use self::gate::{Gate, Limit};
 pub use self::handed::{HANDED, Handed};
 use self::hands::{Down, Mounted};
+pub(crate) use self::kernel::refresh;
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::mounter::Mounter;
@@ -385,7 +386,7 @@ impl Overlays {
     fn describe(&self, merged: &Path, upper: PathBuf, work: Option<PathBuf>, adopted: bool) -> OverlayInfo {
         let store_uri = self.store_uri(merged, &upper);
         let (lower, merged) = (self.own.lower.clone(), merged.to_owned());
-        OverlayInfo { merged, lower, upper, work, adopted, store_uri }
+        OverlayInfo { merged, lower, upper, work, adopted, store_uri, sealed: None }
     }
 
     /// What Nix needs to use the overlay as its store.

@@ -18,9 +18,9 @@ use crate::metrics::Metrics;
 use crate::view::View;
 
 /// A store object.
-pub(super) struct Object {
-    pub(super) tree: Tree,
-    pub(super) table: StringTable,
+pub(crate) struct Object {
+    pub(crate) tree: Tree,
+    pub(crate) table: StringTable,
 }
 
 /// Parts of a manifest that are asked for at once.

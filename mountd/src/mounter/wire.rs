@@ -91,6 +91,26 @@ pub(crate) enum Request {
         /// Where it is mounted.
         merged: PathBuf,
     },
+    /// See [`crate::sealed`]. Answered with [`Answer::Sealed`], with the mount's clone.
+    SealedUp {
+        /// The daemon's own places.
+        own: Own,
+        /// The image.
+        image: PathBuf,
+        /// Where content is, the first that has it.
+        content: Vec<PathBuf>,
+        /// The directory that is written to, and the kernel's; without it the view is read-only.
+        upper: Option<(PathBuf, PathBuf)>,
+        /// Where it is mounted.
+        merged: PathBuf,
+    },
+    /// See [`crate::sealed`]. Answered with [`Answer::Done`].
+    SealedDown {
+        /// Where it is mounted.
+        merged: PathBuf,
+        /// Detach it although it is in use.
+        lazy: bool,
+    },
     /// See [`crate::overlay`]. Answered with [`Answer::OverlayDown`].
     OverlayDown {
         /// The daemon's own places.
@@ -131,6 +151,9 @@ pub(crate) enum Answer {
         merged: PathBuf,
         upper: PathBuf,
         work: Option<PathBuf>,
+    },
+    Sealed {
+        merged: PathBuf,
     },
     OverlayDown {
         merged: PathBuf,

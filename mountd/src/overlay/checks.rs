@@ -66,12 +66,7 @@ pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Resul
             "lies on an overlay itself, which the kernel refuses; use a plain file system",
         ));
     }
-    for needed in &own.needed {
-        if resolved(needed)?.starts_with(&plan.merged) {
-            let reason = format!("would hide {}, which this daemon needs", needed.display());
-            return Err(MountError::refused(&plan.merged, reason));
-        }
-    }
+    hides_nothing(own, &plan.merged)?;
     let lengths = [&own.lower, &plan.upper, &plan.work].map(|dir| dir.as_os_str().len());
     if lengths.iter().sum::<usize>() + 200 > OPTIONS_MAX {
         return Err(MountError::refused(
@@ -80,6 +75,27 @@ pub(super) fn plan(own: &Own, upper: &Path, work: &Path, merged: &Path) -> Resul
         ));
     }
     Ok(plan)
+}
+
+/// Where something read-only may be mounted, canonical.
+pub(super) fn place(own: &Own, merged: &Path) -> Result<PathBuf, MountError> {
+    let merged = canonical(merged)?;
+    inside(own, &merged)?;
+    if !merged.is_dir() {
+        return Err(MountError::refused(&merged, "is not a directory"));
+    }
+    hides_nothing(own, &merged)?;
+    Ok(merged)
+}
+
+fn hides_nothing(own: &Own, merged: &Path) -> Result<(), MountError> {
+    for needed in &own.needed {
+        if resolved(needed)?.starts_with(merged) {
+            let reason = format!("would hide {}, which this daemon needs", needed.display());
+            return Err(MountError::refused(merged, reason));
+        }
+    }
+    Ok(())
 }
 
 /// The path as the kernel knows it.

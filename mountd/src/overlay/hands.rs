@@ -2,14 +2,16 @@
 //!
 //! Stateless, so that either the daemon or its supervisor can do it ([`crate::mounter`]).
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, open as open_file};
 use rustix::io::Errno;
 
 use super::{Own, checks, kernel};
 use crate::mount_error::MountError;
 use crate::mountinfo::{self, MountInfo};
+use crate::sealed::kernel as layered;
 
 /// An overlay that is mounted, opened.
 #[derive(Debug)]
@@ -97,6 +99,67 @@ pub(super) fn upper_of(own: &Own, merged: &Path, mount: Option<&MountInfo>, at: 
 /// Whether a mount is an overlay over this daemon's mount point.
 pub(super) fn is_ours(own: &Own, mount: &MountInfo) -> bool {
     mount.fs_type == "overlay" && mount.option("lowerdir").is_some_and(|lower| lower == own.lower)
+}
+
+/// Mounts a sealed view: layers over an image (`sealed`). Returns where, canonical, and a clone of the mount.
+pub(crate) fn sealed_up(
+    own: &Own,
+    image: &Path,
+    content: &[PathBuf],
+    upper: Option<&(PathBuf, PathBuf)>,
+    merged: &Path,
+) -> Result<(PathBuf, OwnedFd), MountError> {
+    let (merged, upper) = match upper {
+        Some((upper, work)) => {
+            let plan = checks::plan(own, upper, work, merged)?;
+            (plan.merged, Some((plan.upper, plan.work)))
+        }
+        None => (checks::place(own, merged)?, None),
+    };
+    let on = mountinfo::mount_on(&merged).map_err(MountError::kernel("find mounts on", &merged))?;
+    if on.is_some_and(|mount| mount.fs_type == "overlay") {
+        return Err(MountError::refused(&merged, "an overlay is mounted here already; unmount it first"));
+    }
+    let layer = |dir: &PathBuf| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = open_file(dir, flags, Mode::empty());
+        opened.map_err(|error| MountError::kernel("open the layer", dir)(error.into()))
+    };
+    let layers: Vec<OwnedFd> = content.iter().map(layer).collect::<Result<_, _>>()?;
+    let layers: Vec<BorrowedFd<'_>> = layers.iter().map(AsFd::as_fd).collect();
+    let operation = "mount the image (kernels before 6.12 cannot, see docs/kernels.md)";
+    let image = layered::mount_image(image).map_err(MountError::kernel(operation, image))?;
+    let operation = "mount the layers of a sealed view (kernels before 6.13 cannot, see docs/kernels.md) for";
+    let upper = upper.as_ref().map(|(upper, work)| (upper.as_path(), work.as_path()));
+    let mount = layered::mount_layers(image.as_fd(), &layers, upper).map_err(MountError::kernel(operation, &merged))?;
+    layered::attach(mount.as_fd(), &merged).map_err(MountError::kernel("attach a sealed view to", &merged))?;
+    match kernel::clone_tree(&merged) {
+        Ok(tree) => Ok((merged, tree)),
+        Err(error) => {
+            let _ = kernel::unmount(&merged, true);
+            Err(MountError::kernel("clone the mount of", &merged)(error))
+        }
+    }
+}
+
+/// Unmounts a sealed view. One that somebody has unmounted already is gone as well.
+pub(crate) fn sealed_down(merged: &Path, lazy: bool) -> Result<(), MountError> {
+    let mount = mountinfo::mount_on(merged).map_err(MountError::kernel("find mounts on", merged))?;
+    match mount {
+        None => Ok(()),
+        Some(mount) if mount.fs_type != "overlay" => {
+            let reason =
+                format!("it is not the view that is mounted on it any more, but a mount of type {}", mount.fs_type);
+            Err(MountError::refused(merged, reason))
+        }
+        Some(_) => match kernel::unmount(merged, lazy) {
+            Ok(()) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                Err(MountError::Busy { path: merged.to_owned() })
+            }
+            Err(error) => Err(MountError::kernel("unmount", merged)(error)),
+        },
+    }
 }
 
 fn open(merged: PathBuf, upper: PathBuf, work: Option<PathBuf>) -> Result<Mounted, MountError> {

@@ -45,7 +45,7 @@ pub(super) fn clone_tree(merged: &Path) -> io::Result<OwnedFd> {
 
 /// Makes the overlay forget its dentries that nobody uses, negative ones among them. A reconfiguration that changes
 /// nothing: unlike `mount -o remount` it keeps the mount's flags, and works on a mount of another namespace.
-pub(super) fn refresh(tree: &OwnedFd) -> io::Result<()> {
+pub(crate) fn refresh(tree: &OwnedFd) -> io::Result<()> {
     let context = fspick(tree.as_fd(), "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
     Ok(fsconfig_reconfigure(context.as_fd())?)
 }

@@ -201,7 +201,7 @@ impl<W: Write + Seek> ImageWriter<W> {
                     self.put(&inode.encode())?;
                     if body.size > 0 {
                         let file = tree.file(entry).ok_or_else(damaged)?;
-                        let patches = PatchList::resolve(file.patches, table, file.size).map_err(restore)?;
+                        let patches = PatchList::resolve(&file.patches.to_vec(), table, file.size).map_err(restore)?;
                         let content = if patches.is_empty() { file.id.into() } else { patches.content_id(&file.id) };
                         self.put(&xattrs(&content))?;
                         for _ in 0..chunks(body.size) {
@@ -438,7 +438,7 @@ fn encode_directory(entries: &[(&[u8], u64, u8)]) -> Vec<u8> {
 fn target(tree: &Tree, table: &StringTable, entry: EntryNumber) -> Option<Result<Vec<u8>, FormatError>> {
     let link = tree.link(entry)?;
     let mut target = link.target.to_vec();
-    let patches = PatchList::resolve(link.patches, table, target.len() as u64);
+    let patches = PatchList::resolve(&link.patches.to_vec(), table, target.len() as u64);
     Some(patches.map(|patches| {
         patches.restore(0, &mut target);
         target

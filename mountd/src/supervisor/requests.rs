@@ -77,6 +77,14 @@ fn answer(state: &State, pid: u32, request: Request, descriptors: Vec<OwnedFd>) 
         }
         Request::OverlayUp { own, upper, work, merged } => Ok(opened(hands::up(&own, &upper, &work, &merged)?)),
         Request::OverlayAdopt { own, merged } => Ok(opened(hands::adopt(&own, &merged)?)),
+        Request::SealedUp { own, image, content, upper, merged } => {
+            let (merged, tree) = hands::sealed_up(&own, &image, &content, upper.as_ref(), &merged)?;
+            Ok((Answer::Sealed { merged }, vec![tree]))
+        }
+        Request::SealedDown { merged, lazy } => {
+            hands::sealed_down(&merged, lazy)?;
+            alone(Answer::Done)
+        }
         Request::OverlayDown { own, merged, lazy } => {
             let Down { merged, unmounted, found } = hands::down(&own, &merged, lazy)?;
             alone(Answer::OverlayDown { merged, unmounted, found })

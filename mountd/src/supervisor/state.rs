@@ -294,9 +294,12 @@ impl Connection {
     }
 }
 
-/// Where an overlay of ours is mounted, if this is the key of one ([`crate::overlay`]).
+/// Where an overlay of ours is mounted, if this is the key of one ([`crate::overlay`], [`crate::sealed`]).
 fn overlay_of(key: &str) -> Option<PathBuf> {
-    key.strip_prefix("overlay ").filter(|place| place.starts_with('/')).map(PathBuf::from)
+    key.strip_prefix("overlay ")
+        .or_else(|| key.strip_prefix("sealed "))
+        .filter(|place| place.starts_with('/'))
+        .map(PathBuf::from)
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -1,4 +1,4 @@
-//! mountd against a real lake in memory: without the kernel (`store`, `nix`, `ahead`, `server`, `direct`), and with it (`mounted`, `overlay`, `elsewhere`, `outage`, `stop`, `stuck`,
+//! mountd against a real lake in memory: without the kernel (`store`, `nix`, `ahead`, `server`, `direct`), and with it (`mounted`, `overlay`, `elsewhere`, `sealed`, `outage`, `stop`, `stuck`,
 //! `survive`).
 //!
 //! Mounted tests need root and /dev/fuse. Where those are missing they say so in a line that starts with `SKIP:`, which
@@ -14,6 +14,7 @@ mod mounted;
 mod nix;
 mod outage;
 mod overlay;
+mod sealed;
 mod server;
 mod stop;
 mod store;

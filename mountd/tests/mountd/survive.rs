@@ -430,6 +430,32 @@ fn an_aborted_connection_is_mounted_anew() {
     assert!(rig.log().contains("a connection was aborted"));
 }
 
+/// A sealed view reads on while there is no daemon, as far as its content is cached; the next one answers for the rest.
+#[test]
+fn sealed_views_survive() {
+    let Some(rig) = Rig::new(30, 15, &[]) else { return };
+    let merged = rig.at("sealed");
+    fs::create_dir_all(&merged).unwrap();
+    let roots = ["small", "big"].map(|name| World::path(name).to_string()).to_vec();
+    let up = ControlRequest::SealedUp { roots, upper: None, work: None, merged: merged.clone() };
+    assert!(matches!(rig.ask(&up), Some(ControlResponse::Overlay(_))), "{}", rig.log());
+    let small = merged.join(World::path("small").to_string());
+    assert_eq!(fs::read(small.join("a")).unwrap(), b"small");
+    let pid = rig.pid();
+    rig.signal(pid, Signal::STOP);
+    // Looked at and read for the first time while nobody answers: all but its content is with the kernel.
+    assert_eq!(fs::read_dir(&small).unwrap().count(), 2);
+    assert_eq!(fs::read(small.join("a")).unwrap(), b"small");
+    rig.signal(pid, Signal::KILL);
+    rig.wait_for("another daemon", || rig.status().is_some_and(|status| status.pid != pid));
+    assert_eq!(rig.status().unwrap().overlays.len(), 1);
+    assert_eq!(fs::read(merged.join(World::path("big").to_string())).unwrap(), noise(7, BIG));
+    assert_eq!(fs::read(small.join("b")).unwrap(), b"other");
+    let down = ControlRequest::OverlayDown { merged: merged.clone(), lazy: false };
+    assert_eq!(rig.ask(&down), Some(ControlResponse::Done), "{}", rig.log());
+    assert!(narlake_mountd::mountinfo::mount_on(&merged).unwrap().is_none());
+}
+
 /// Whoever stops the supervisor means it: nothing stays mounted.
 #[test]
 fn the_supervisor_takes_everything_down() {

@@ -217,18 +217,21 @@ pub struct OverlayOptions {
 pub enum OverlayCommand {
     /// Mount an overlay over the view
     Up {
-        /// Directory that takes what is written
-        #[arg(long, value_name = "DIR")]
-        upper: PathBuf,
+        /// Directory that takes what is written; a sealed view without it is read-only
+        #[arg(long, value_name = "DIR", required_unless_present = "closure", requires = "work")]
+        upper: Option<PathBuf>,
         /// Empty directory for the kernel, on the same file system
-        #[arg(long, value_name = "DIR")]
-        work: PathBuf,
+        #[arg(long, value_name = "DIR", requires = "upper")]
+        work: Option<PathBuf>,
         /// Where to mount it, /nix/store for instance
         #[arg(long, value_name = "DIR", alias = "mount")]
         merged: PathBuf,
         /// View that it is over, by name; mountd's own, which Nix can use, without it
         #[arg(long, value_name = "NAME")]
         view: Option<String>,
+        /// Store path whose closure is shown, alone, listed, and by the kernel itself as far as it is cached; may be repeated
+        #[arg(long, value_name = "PATH", conflicts_with = "view")]
+        closure: Vec<String>,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,

@@ -45,9 +45,14 @@ pub(crate) struct Done {
 /// When mountd cannot be reached or refuses.
 pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Verdict> {
     let (control, request) = match &options.command {
-        OverlayCommand::Up { upper, work, merged, view, control } => {
-            let (upper, work, merged) = (absolute(upper)?, absolute(work)?, absolute(merged)?);
-            (control, ControlRequest::OverlayUp { upper, work, merged, view: view.clone() })
+        OverlayCommand::Up { upper, work, merged, view, closure, control } => {
+            let of = |dir: &Option<PathBuf>| dir.as_deref().map(absolute).transpose();
+            let (upper, work, merged) = (of(upper)?, of(work)?, absolute(merged)?);
+            let request = match (closure.as_slice(), upper, work) {
+                ([], Some(upper), Some(work)) => ControlRequest::OverlayUp { upper, work, merged, view: view.clone() },
+                (roots, upper, work) => ControlRequest::SealedUp { roots: roots.to_vec(), upper, work, merged },
+            };
+            (control, request)
         }
         OverlayCommand::Down { merged, lazy, control } => {
             (control, ControlRequest::OverlayDown { merged: resolved(merged)?, lazy: *lazy })
@@ -155,11 +160,15 @@ impl Report for Overlays {
 /// # Errors
 /// Those of `out`.
 pub fn print(overlay: &OverlayInfo, out: &mut dyn Write) -> io::Result<()> {
-    let mut rows = vec![
-        ("merged", Shown(&overlay.merged).to_string()),
-        ("lower", Shown(&overlay.lower).to_string()),
-        ("upper", Shown(&overlay.upper).to_string()),
-    ];
+    let mut rows = vec![("merged", Shown(&overlay.merged).to_string()), ("lower", Shown(&overlay.lower).to_string())];
+    if overlay.sealed.is_some() {
+        rows.push(("sealed", "a fixed closure; not for a Nix that collects garbage".to_owned()));
+    }
+    if overlay.upper.as_os_str().is_empty() {
+        rows.push(("upper", "none, read-only".to_owned()));
+    } else {
+        rows.push(("upper", Shown(&overlay.upper).to_string()));
+    }
     if let Some(work) = &overlay.work {
         rows.push(("work", Shown(work).to_string()));
     }

@@ -18,6 +18,7 @@ fn overlay(merged: &str) -> OverlayInfo {
         upper: "/upper".into(),
         work: Some("/work".into()),
         adopted: false,
+        sealed: None,
         store_uri: "local-overlay://?upper-layer=/upper".into(),
     }
 }

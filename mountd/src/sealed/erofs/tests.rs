@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use narlake_format::id::FileId;
+use narlake_format::id::{FileId, ManifestId};
 use narlake_format::lake::manifest::ManifestEvent;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{UnmountFlags, unmount};
@@ -51,7 +51,8 @@ fn image(objects: &[(&str, Node)]) -> Vec<u8> {
     for (name, node) in objects {
         let mut builder = TreeBuilder::default();
         build(node, &mut builder);
-        let tree = builder.finish().unwrap();
+        let bytes = builder.finish(&ManifestId::from_bytes([0; 32])).unwrap();
+        let tree = Tree::in_memory(&bytes).unwrap();
         writer.object(name.as_bytes(), (&tree, &StringTable::default()), &mut |_, _, _| {}).unwrap();
     }
     writer.finish().unwrap().into_inner()

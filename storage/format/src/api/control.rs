@@ -29,6 +29,20 @@ pub enum ControlRequest {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         view: Option<String>,
     },
+    /// Mount the closures of these paths as a sealed view: fixed, listed, and served by the kernel alone as far as their
+    /// content is cached. Answered with [`ControlResponse::Overlay`]. Taken down like an overlay.
+    SealedUp {
+        /// Store paths, with or without the store directory.
+        roots: Vec<String>,
+        /// Directory that takes what is written; the view is read-only without it.
+        #[serde(default)]
+        upper: Option<PathBuf>,
+        /// Empty directory on the same file system, for the kernel; needed with `upper`.
+        #[serde(default)]
+        work: Option<PathBuf>,
+        /// Where to mount it.
+        merged: PathBuf,
+    },
     /// Take an overlay into care that somebody else has mounted over the lower. Answered with
     /// [`ControlResponse::Overlay`].
     OverlayAdopt {
@@ -156,8 +170,11 @@ pub struct OverlayInfo {
     pub work: Option<PathBuf>,
     /// Somebody else mounted it.
     pub adopted: bool,
-    /// What to give nix-daemon as `--store`.
+    /// What to give nix-daemon as `--store`; empty where Nix must not use it.
     pub store_uri: String,
+    /// Of a sealed view, what tells its closure from others. Its `upper` is empty if it is read-only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<String>,
 }
 
 /// What a view is to be.
