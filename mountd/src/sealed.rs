@@ -79,7 +79,7 @@ pub enum SealedError {
         path: String,
         /// Why.
         #[source]
-        source: FsError,
+        source: Box<FsError>,
     },
     /// The image.
     #[error("make the image of the closure")]
@@ -287,7 +287,7 @@ impl Sealed {
         for key in keys {
             let path = key.path.to_string();
             let loaded = self.parts.store.load(key.clone()).await;
-            let (number, object) = loaded.map_err(|source| SealedError::Load { path, source })?;
+            let (number, object) = loaded.map_err(|source| SealedError::Load { path, source: Box::new(source) })?;
             if send.send((key, number, object)).await.is_err() {
                 break;
             }
