@@ -185,9 +185,12 @@ class Rig:
         """Nix in the chroot of a suite, with the store paths of DEBNIX, or none."""
         return Nix(self, suite, name or f"nix-{suite}{'-empty' if empty else ''}", empty)
 
-    def mountd(self, server, directory="mountd", trusted=None, **settings):
-        """A running narlake-mountd that shows what the server has, if a trusted key signed it; by default the server's."""
-        mountd = Mountd(self, self.path(directory), server, trusted or server.public_keys(), settings)
+    def mountd(self, server, directory="mountd", trusted=None, supervised=False, **settings):
+        """A running narlake-mountd that shows what the server has, if a trusted key signed it; by default the server's.
+
+        If supervised, narlake-mounts starts it, and keeps its mounts.
+        """
+        mountd = Mountd(self, self.path(directory), server, trusted or server.public_keys(), supervised, settings)
         mountd.start()
         return mountd
 
@@ -420,11 +423,12 @@ class Mountd:
 
     METRICS = "127.0.0.1:19081"
 
-    def __init__(self, rig, directory, server, trusted, settings):
+    def __init__(self, rig, directory, server, trusted, supervised, settings):
         self.rig = rig
         self.directory = directory
         self.server = server
         self.trusted = trusted
+        self.supervised = supervised
         self.settings = settings
         self.mountpoint = rig.path(f"{directory.name}/lower")
         self.cache = directory / "cache"
@@ -435,10 +439,13 @@ class Mountd:
     def start(self):
         keys = [word for key in self.trusted for word in ("--trusted-key", key)]
         settings = [word for key, value in self.settings.items() for word in (f"--{key.replace('_', '-')}", value)]
-        self.daemon = self.rig.start(
-            self.directory.name, self.rig.program("narlake-mountd"), "run", "--server", self.server.url, "--mount",
-            self.mountpoint, "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control",
-            self.control_socket, "--metrics-listen", self.METRICS, *keys, *settings)
+        command = [self.rig.program("narlake-mountd"), "run", "--server", self.server.url, "--mount", self.mountpoint,
+                   "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control", self.control_socket,
+                   "--metrics-listen", self.METRICS, *keys, *settings]
+        if self.supervised:
+            socket_path = self.directory / "mounts.socket"
+            command = [self.rig.program("narlake-mounts"), "--socket", socket_path, "--", *command, "--supervisor", socket_path]
+        self.daemon = self.rig.start(self.directory.name, *command)
 
         def ready():
             check(self.daemon.running(), f"narlake-mountd ended\n{self.daemon.text()[-2000:]}")
@@ -458,6 +465,13 @@ class Mountd:
     def narlake(self, *arguments, **options):
         """The narlake command, told to speak to this daemon."""
         return self.rig.run(self.rig.program("narlake"), *arguments, "--control", self.control_socket, **options)
+
+    def status(self):
+        """What the daemon says of itself; nothing if there is none that answers."""
+        done = self.narlake("status", "--json", check=False)
+        with contextlib.suppress(ValueError, KeyError):
+            return json.loads(done.stdout)["worker"]
+        return {}
 
     def overlay(self, name="overlay"):
         """A writable overlay over the view."""
