@@ -431,7 +431,7 @@ class Mountd:
         self.supervised = supervised
         self.settings = settings
         self.mountpoint = rig.path(f"{directory.name}/lower")
-        self.cache = directory / "cache"
+        self.cache = settings.pop("cache_dir", directory / "cache")
         self.nix_socket = directory / "nix.socket"
         self.control_socket = directory / "control.socket"
         self.daemon = None
