@@ -103,6 +103,7 @@ class FaultyProxy(Proxy):
         super().__init__(server)
         self.random = random.Random(seed)
         self.share = 0
+        self.faults = FAULTS
         self.requests = 0
         self.done = dict.fromkeys(FAULTS, 0)
 
@@ -131,7 +132,7 @@ class FaultyProxy(Proxy):
             self.requests += 1
             if self.random.random() >= self.share:
                 return None, 0
-            return self.random.choice(FAULTS), self.random.getrandbits(62)
+            return self.random.choice(self.faults), self.random.getrandbits(62)
 
     def answer(self, client, method, response, body):
         """Pass an answer on, or something in its place; gives whether the connection can go on."""
