@@ -40,8 +40,9 @@ class Crowd:
             try:
                 act()
             except Exception as error:  # whatever it is, it should not have been
+                text = f"{what}, after {time.monotonic() - begun:.2f} s: {type(error).__name__}: {str(error)[:500]}"
                 with self.lock:
-                    self.errors.append(f"{what}, after {time.monotonic() - begun:.2f} s: {type(error).__name__}: {str(error)[:500]}")
+                    self.errors.append(text)
                 if len(self.errors) >= ERRORS_MAX:
                     return
             with self.lock:

@@ -17,7 +17,7 @@ SHARE = 0.05
 READERS = 3
 DEADLINE_SECONDS = 10
 DARK_SECONDS = 13
-# Each layer below the mount ends a tenth of the deadline earlier, so that its own error is the one that is told.
+# Requests to the server end two tenths of the deadline earlier, so that their own error is the one that is told.
 EARLIEST_SHARE = 0.79
 EVICT_SECONDS, PUSH_SECONDS, SETTLE_SECONDS = 2, 0.3, 12
 KIB, MIB = 1 << 10, 1 << 20
