@@ -57,6 +57,9 @@ const PATIENCE_MIN: Duration = Duration::from_secs(2);
 /// Attempts that fit into the deadline even if each of them is silent.
 const ATTEMPTS_SILENT: u32 = 3;
 
+/// How often one question is asked again because its answer made no sense: a bit that a bad way has turned is right the next time.
+const GARBLED_MAX: u32 = 2;
+
 /// Reads of packs at once.
 const READS_MAX: usize = 16;
 
@@ -166,6 +169,7 @@ impl Remote {
         let until = Instant::now() + limit;
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let mut pause = PAUSE_MIN;
+        let mut garbled = 0;
         let mut last = None;
         loop {
             let shown = self.token.current();
@@ -180,7 +184,9 @@ impl Remote {
                 }
                 return Err(self.token.refused(text));
             }
-            if !cause.passes() {
+            if cause.is_garbled() && garbled < GARBLED_MAX {
+                garbled += 1;
+            } else if !cause.passes() {
                 return Err(cause);
             }
             let wait = self.vary(pause);

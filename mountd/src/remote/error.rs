@@ -131,6 +131,11 @@ impl Cause {
         !matches!(self, Self::Tls(_)) && matches!(self.kind(), ErrorKind::Unavailable)
     }
 
+    /// Whether the answer is not what the server can have meant.
+    pub(super) const fn is_garbled(&self) -> bool {
+        matches!(self, Self::Json(_) | Self::Format(_) | Self::Record(_))
+    }
+
     pub(super) const fn kind(&self) -> ErrorKind {
         match self {
             Self::Transport(_) | Self::Tls(_) | Self::Cut { .. } | Self::Slow { .. } | Self::Deadline { .. } => {
