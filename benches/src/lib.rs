@@ -4,6 +4,7 @@ pub mod corpus;
 pub mod engine;
 pub mod parts;
 pub mod span;
+pub mod tree;
 
 /// Megabytes (10^6) a second.
 #[must_use]

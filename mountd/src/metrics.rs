@@ -27,6 +27,7 @@ const OPERATIONS: &[&str] = &[
     "getxattr",
     "listxattr",
     "lseek",
+    "ioctl",
 ];
 
 /// All metrics of the daemon. Cloning shares them.
