@@ -32,6 +32,7 @@ use crate::mounter::Mounter;
 use crate::nix_socket::{NixSocket, listen};
 use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
+use crate::pinning::Pinning;
 use crate::privilege;
 use crate::remote::{Remote, RemoteSettings};
 use crate::sealed::{Parts as SealedParts, Sealed};
@@ -382,6 +383,7 @@ impl Daemon {
             overlays: Arc::clone(&overlays),
             views: Arc::clone(&views),
             sealed: Arc::clone(&sealed),
+            pinning: Pinning { store: store.clone(), view: view.clone(), cache: Arc::clone(&cache) },
             cache: Arc::clone(&cache),
             nodes,
             fetcher: fetcher.clone(),

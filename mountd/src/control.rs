@@ -20,11 +20,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::lines::{Line, Lines};
-use crate::cache::Cache;
+use crate::cache::{Cache, PinError};
 use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::overlay::{Handed, Overlays};
+use crate::pinning::{Pinning, PinningError};
 use crate::sealed::{Sealed, SealedError};
 use crate::view::{View, ViewError};
 use crate::views::{Views, ViewsError};
@@ -66,6 +67,8 @@ pub struct Control {
     pub sealed: Arc<Sealed>,
     /// The cache.
     pub cache: Arc<Cache>,
+    /// What stays in it.
+    pub pinning: Pinning,
     /// The node table.
     pub nodes: Arc<NodeTable>,
     /// The fetch engine.
@@ -211,6 +214,22 @@ impl Control {
                 let bytes = tokio::task::spawn_blocking(move || cache.shrink_to(keep_bytes)).await;
                 Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) })
             }
+            // It waits for the server as `ensure` does.
+            ControlRequest::Pin { name, paths } => {
+                let paths = self.store_paths(&paths)?;
+                tokio::select! {
+                    () = stop.cancelled() => Err(ControlError::Stopping),
+                    pinned = self.pinning.pin(name, &paths) => Ok(ControlResponse::Pins { pins: vec![pinned?] }),
+                }
+            }
+            ControlRequest::Unpin { name } => {
+                if self.pinning.unpin(name.clone()).await? {
+                    Ok(ControlResponse::Done)
+                } else {
+                    Err(ControlError::NoPins { name })
+                }
+            }
+            ControlRequest::PinList => Ok(ControlResponse::Pins { pins: self.pinning.list() }),
         }
     }
 
@@ -284,6 +303,10 @@ enum ControlError {
     Path { path: String, dir: String },
     #[error(transparent)]
     Sealed(#[from] SealedError),
+    #[error(transparent)]
+    Pinning(#[from] PinningError),
+    #[error("nothing is pinned under the name {name:?}")]
+    NoPins { name: String },
     #[error("an upper directory needs a work directory, and the other way round")]
     Halves,
     #[error("the daemon is stopping")]
@@ -294,7 +317,11 @@ impl ControlError {
     fn kind(&self) -> ControlErrorKind {
         match self {
             Self::Path { .. } | Self::Halves => ControlErrorKind::Invalid,
-            Self::Sealed(SealedError::Missing { .. }) => ControlErrorKind::NotFound,
+            Self::Sealed(SealedError::Missing { .. })
+            | Self::Pinning(PinningError::Missing { .. })
+            | Self::NoPins { .. } => ControlErrorKind::NotFound,
+            Self::Pinning(PinningError::Cache(PinError::Name { .. })) => ControlErrorKind::Invalid,
+            Self::Pinning(PinningError::Load { .. } | PinningError::Cache(_)) => ControlErrorKind::Failed,
             Self::Sealed(SealedError::Unverified) => ControlErrorKind::Unavailable,
             Self::Sealed(SealedError::Load { .. } | SealedError::Image(_)) => ControlErrorKind::Failed,
             Self::Stopping => ControlErrorKind::Unavailable,
@@ -304,6 +331,7 @@ impl ControlError {
             Self::View(ViewError::Overlay(error))
             | Self::Views(ViewsError::View(ViewError::Overlay(error)) | ViewsError::Mount(error))
             | Self::Sealed(SealedError::View(ViewError::Overlay(error)) | SealedError::Mount(error))
+            | Self::Pinning(PinningError::View(ViewError::Overlay(error)))
             | Self::Overlay(error) => match error {
                 MountError::Refused { .. } => ControlErrorKind::Invalid,
                 MountError::Unknown { .. } => ControlErrorKind::NotFound,
@@ -311,7 +339,10 @@ impl ControlError {
                 MountError::Late { .. } => ControlErrorKind::Unavailable,
                 MountError::Kernel { .. } => ControlErrorKind::Failed,
             },
-            Self::View(error) | Self::Views(ViewsError::View(error)) | Self::Sealed(SealedError::View(error)) => {
+            Self::View(error)
+            | Self::Views(ViewsError::View(error))
+            | Self::Sealed(SealedError::View(error))
+            | Self::Pinning(PinningError::View(error)) => {
                 if error.is_outage() {
                     ControlErrorKind::Unavailable
                 } else {

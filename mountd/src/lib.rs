@@ -11,7 +11,7 @@
 //! | [`view`] | which store paths there are, and what the kernel believes about them |
 //! | [`views`] | further views, made through the control socket |
 //! | [`reader`] | a file's range to its bytes |
-//! | [`cache`], [`metadata`] | file content, and what describes it, on the local disk |
+//! | [`cache`], [`metadata`], [`pinning`] | file content, and what describes it, on the local disk; what stays there |
 //! | [`remote`], [`trust`] | the server, and whether it is believed |
 //! | [`overlay`], [`mountinfo`], [`mount_error`] | overlays over the mount, and mounts in general |
 //! | [`mounter`], [`supervisor`] | who mounts; the process that keeps mounts when a daemon dies |
@@ -43,6 +43,7 @@ pub mod mountinfo;
 pub mod nix_socket;
 pub mod notify;
 pub mod overlay;
+pub mod pinning;
 pub mod privilege;
 pub mod reader;
 pub mod remote;

@@ -297,16 +297,18 @@ impl Views {
         let token_file = file.clone();
         let (keys, metrics, tmp) = (parts.keys.clone(), parts.metrics.clone(), dir.join("tmp"));
         let opened = tokio::task::spawn_blocking(move || {
-            let token = std::fs::read_to_string(&file)?;
-            std::fs::create_dir_all(tmp)?;
-            Ok((token.trim().to_owned(), Metadata::open(&dir, OWN_METADATA_BYTES, keys, &metrics)?))
+            let token = std::fs::read_to_string(&file).map_err(MountError::kernel("read", &file))?;
+            std::fs::create_dir_all(&tmp).map_err(MountError::kernel("make", &tmp))?;
+            let records = Metadata::open(&dir, OWN_METADATA_BYTES, keys, &metrics);
+            Ok((token.trim().to_owned(), records.map_err(MountError::kernel("open", &dir))?))
         });
-        let opened: std::io::Result<(String, Metadata)> = joined(opened).await;
+        let opened: Result<(String, Metadata), MountError> = joined(opened).await;
         let (token, metadata) = opened.map_err(Box::from).map_err(failed("read its token, open its records"))?;
         let connected = (parts.connect)(token, token_file);
         let (source, records) = connected.map_err(|error| failed("connect with its token")(error.into()))?;
         let fetch = FetchSettings { frame_cache_bytes: OWN_FRAME_BYTES, ..parts.fetch.clone() };
-        let blobs = Blobs::new(Fetcher::new(source, fetch), Arc::clone(&parts.metadata));
+        let blobs =
+            Blobs::new(Fetcher::metered(source, fetch, parts.metrics.fetch.clone()), Arc::clone(&parts.metadata));
         let records = Arc::new(Records::new(records, Arc::new(metadata)));
         let of = (blobs.clone(), Arc::clone(&parts.nodes), no_overlays(parts));
         let settings = ViewSettings { records_bytes: OWN_RECORDS_BYTES, ..parts.settings.clone() };

@@ -307,6 +307,28 @@ def eviction_by_hand(rig):
 
 
 @test(seconds=30)
+def pins_stay(rig):
+    """What is pinned outlives an eviction of everything and the daemon; what is no longer pinned does not."""
+    content = os.urandom(2 * MIB)
+    path = Path("object", nar.nar({"empty": b"", "file": content}))
+    _, mountd = small_lake(rig, path)
+    file = mountd.mountpoint / path.base / "file"
+    pinned = json.loads(mountd.narlake("pin", "add", "ci", path.base, "--json").stdout)["pins"]
+    equal([(pin["name"], pin["files"], pin["bytes"]) for pin in pinned], [("ci", 1, len(content))], "what is pinned")
+    equal(file.read_bytes(), content, "the file")
+    mountd.narlake("evict", "--all")
+    equal(mountd.metric("narlake_mountd_cache_files"), 1, "files in the cache")
+    mountd.stop()
+    mountd.start()
+    mountd.narlake("evict", "--all")
+    equal(file.read_bytes(), content, "the file in the next life")
+    equal(mountd.fetched_bytes(), 0, "bytes fetched for it")
+    mountd.narlake("pin", "remove", "ci")
+    freed = json.loads(mountd.narlake("evict", "--all", "--json").stdout)["bytes"]
+    check(freed >= len(content), f"{freed} bytes were freed")
+
+
+@test(seconds=30)
 def a_clean_end(rig):
     """SIGTERM unmounts; the next daemon serves from the cache of the last."""
     content = os.urandom(2 * MIB)

@@ -69,6 +69,8 @@ pub enum Command {
     Ensure(EnsureOptions),
     /// Drop cached content of this worker, least recently used first
     Evict(EvictOptions),
+    /// Keep cached content of this worker from eviction
+    Pin(PinOptions),
     /// Show how this worker, and the server, are doing
     Status(StatusOptions),
     /// Print a script that completes this command in a shell
@@ -351,6 +353,46 @@ pub struct EvictOptions {
     /// The worker.
     #[command(flatten)]
     pub control: ControlOptions,
+}
+
+/// Options of `pin`.
+#[derive(Debug, Args)]
+pub struct PinOptions {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: PinCommand,
+}
+
+/// What to do with pins.
+#[derive(Debug, Subcommand)]
+pub enum PinCommand {
+    /// Keep the files of the closures of these store paths, once they have been read
+    Add {
+        /// Name of the set; what was pinned under it before no longer is
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Store paths
+        #[arg(value_name = "STORE-PATH", required = true)]
+        paths: Vec<String>,
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
+    /// Let a set be evicted again
+    Remove {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
+    /// List the sets
+    List {
+        /// The worker.
+        #[command(flatten)]
+        control: ControlOptions,
+    },
 }
 
 /// Options of `status`.

@@ -28,6 +28,7 @@ pub mod ls;
 pub mod object;
 pub mod output;
 pub mod overlay;
+pub mod pin;
 pub mod place;
 pub mod push;
 pub mod status;

@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
-use narlake_cli::{UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, push, status, view};
+use narlake_cli::{
+    UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, pin, push, status, view,
+};
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
 const FAILED: u8 = 1;
@@ -41,6 +43,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
             Command::View(options) => view::run(&options, output).await,
             Command::Ensure(options) => ensure::run(&options, output).await,
             Command::Evict(options) => evict::run(&options, output).await,
+            Command::Pin(options) => pin::run(&options, output).await,
             Command::Status(options) => status::run(&options, output).await,
             Command::Completions(options) => completions::run(&options),
         }

@@ -121,6 +121,20 @@ fn ensuring() {
 }
 
 #[test]
+fn pinning() {
+    use narlake_format::api::control::PinInfo;
+    let pins = ControlResponse::Pins { pins: vec![PinInfo { name: "ci".into(), files: 12, bytes: 3 << 20 }] };
+    let (asked, ran) = ask(&pins, &["pin", "add", "ci", PATH]);
+    assert_eq!(asked, ControlRequest::Pin { name: "ci".into(), paths: vec![PATH.into()] });
+    assert_eq!(ran.good().stdout, "ci: 12 files, 3.00 MiB\n");
+    let (asked, ran) = ask(&pins, &["pin", "list", "--json"]);
+    assert_eq!((asked, ran.good().json()["pins"][0]["files"].as_u64()), (ControlRequest::PinList, Some(12)));
+    let (asked, _) = ask(&ControlResponse::Done, &["pin", "remove", "ci"]);
+    assert_eq!(asked, ControlRequest::Unpin { name: "ci".into() });
+    narlake(&["pin", "add", "ci"]).bad(2, &["STORE-PATH"]);
+}
+
+#[test]
 fn evicting() {
     let freed = ControlResponse::Evicted { bytes: 3 << 20 };
     let (asked, ran) = ask(&freed, &["evict", "--all"]);

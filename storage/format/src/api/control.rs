@@ -93,6 +93,21 @@ pub enum ControlRequest {
         #[serde(default)]
         keep_bytes: u64,
     },
+    /// Keep the content of these paths' closures from eviction, once it has been read, in place of what was pinned under
+    /// this name before. Answered with [`ControlResponse::Pins`], of this one.
+    Pin {
+        /// Name of the set: 1 to 240 of `A-Z a-z 0-9 + - . _ = ?`, not starting with a dot.
+        name: String,
+        /// Store paths, with or without the store directory.
+        paths: Vec<String>,
+    },
+    /// Pin this set no longer. Answered with [`ControlResponse::Done`].
+    Unpin {
+        /// Its name.
+        name: String,
+    },
+    /// What is pinned. Answered with [`ControlResponse::Pins`].
+    PinList,
 }
 
 /// What mountd answers.
@@ -130,6 +145,11 @@ pub enum ControlResponse {
     Evicted {
         /// Bytes that it had on disk.
         bytes: u64,
+    },
+    /// Content that stays in the cache.
+    Pins {
+        /// In order of their names.
+        pins: Vec<PinInfo>,
     },
     /// It was not done.
     Error {
@@ -207,6 +227,17 @@ pub struct ViewInfo {
     pub mounted: bool,
 }
 
+/// Content that stays in the cache once it is there.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PinInfo {
+    /// Name of the set.
+    pub name: String,
+    /// Its files.
+    pub files: u64,
+    /// What they take on disk when all of them are there, in bytes.
+    pub bytes: u64,
+}
+
 /// How a mountd is doing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MountStatus {
@@ -275,6 +306,12 @@ mod tests {
         check(r#"{"op":"ensure","paths":["x"]}"#, &ControlRequest::Ensure { paths: vec!["x".into()], timeout_s: None });
         check(r#"{"op":"refresh"}"#, &ControlRequest::Refresh { merged: None });
         check(r#"{"op":"evict"}"#, &ControlRequest::Evict { keep_bytes: 0 });
+        check(
+            r#"{"op":"pin","name":"ci","paths":["x"]}"#,
+            &ControlRequest::Pin { name: "ci".into(), paths: vec!["x".into()] },
+        );
+        check(r#"{"op":"unpin","name":"ci"}"#, &ControlRequest::Unpin { name: "ci".into() });
+        check(r#"{"op":"pin-list"}"#, &ControlRequest::PinList);
         for bad in ["", "{}", r#"{"op":"sing"}"#, r#"{"op":"overlay-down"}"#, r#"{"op":"ensure","paths":"x"}"#] {
             assert!(serde_json::from_str::<ControlRequest>(bad).is_err(), "{bad}");
         }
