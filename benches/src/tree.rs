@@ -37,6 +37,7 @@ pub struct Tree {
     largest: (PathBuf, u64),
     /// A program that does nothing, if there is one.
     program: Option<PathBuf>,
+    compilers: Vec<Compiler>,
 }
 
 /// What is done.
@@ -56,17 +57,72 @@ pub enum Operation {
     Exec,
     /// 4 KiB at random.
     Random,
+    /// Bytes at random of the same file, mapped.
+    RandomMap,
     /// A large file in order.
     Sequential,
     /// Listing every directory.
     List,
+    /// `find -ls`.
+    Find,
     /// Every byte of every file.
     Whole,
+    /// A program that is compiled by a compiler in the tree, with the headers and libraries there.
+    Compile(Compiler),
+}
+
+/// Compilers that a tree may have, and what they are given to do, below [`Tree::SCRATCH`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Compiler {
+    /// C, to an object.
+    Gcc,
+    /// C++, to an object.
+    Gxx,
+    /// Rust, to a linked program.
+    Rustc,
+}
+
+impl Compiler {
+    const ALL: [Self; 3] = [Self::Gcc, Self::Gxx, Self::Rustc];
+
+    /// The program and its arguments, as they are inside the tree.
+    const fn command(self) -> &'static [&'static str] {
+        match self {
+            Self::Gcc => &["/usr/bin/gcc", "-O2", "-c", "/tmp/source.c", "-o", "/tmp/c.o"],
+            Self::Gxx => &["/usr/bin/g++", "-O1", "-c", "/tmp/source.cc", "-o", "/tmp/cc.o"],
+            Self::Rustc => &[
+                "/rust/bin/rustc",
+                "--sysroot=/rust",
+                "--edition=2021",
+                "-Clinker=/usr/bin/gcc",
+                "/tmp/source.rs",
+                "-o",
+                "/tmp/rs",
+            ],
+        }
+    }
+
+    /// How often it runs, so that it takes a second or two.
+    const fn runs(self) -> usize {
+        match self {
+            Self::Gcc => 3,
+            Self::Gxx => 1,
+            Self::Rustc => 5,
+        }
+    }
+
+    const fn source(self) -> &'static str {
+        match self {
+            Self::Gcc => "source.c",
+            Self::Gxx => "source.cc",
+            Self::Rustc => "source.rs",
+        }
+    }
 }
 
 impl Operation {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 10] = [
+    const ALL: [Self; 15] = [
         Self::Stat,
         Self::Open,
         Self::Absent,
@@ -74,9 +130,14 @@ impl Operation {
         Self::Map,
         Self::Exec,
         Self::Random,
+        Self::RandomMap,
         Self::Sequential,
         Self::List,
+        Self::Find,
         Self::Whole,
+        Self::Compile(Compiler::Gcc),
+        Self::Compile(Compiler::Gxx),
+        Self::Compile(Compiler::Rustc),
     ];
 
     /// Its name in tables.
@@ -90,20 +151,31 @@ impl Operation {
             Self::Map => "mmap small files",
             Self::Exec => "exec",
             Self::Random => "random 4k",
+            Self::RandomMap => "random mmap",
             Self::Sequential => "sequential",
             Self::List => "readdir",
+            Self::Find => "find -ls",
             Self::Whole => "whole tree",
+            Self::Compile(Compiler::Gcc) => "gcc",
+            Self::Compile(Compiler::Gxx) => "g++",
+            Self::Compile(Compiler::Rustc) => "rustc",
         }
     }
 }
 
 impl Tree {
-    /// Learns what is in a copy of the tree. `program` is one in it that does nothing.
+    /// A directory of every copy in which something else is mounted, where compilers find sources and leave results.
+    pub const SCRATCH: &str = "tmp";
+
+    /// Learns what is in a copy of the tree. `program` is one in it that does nothing. Compilers run if their sources lie
+    /// in its [`Self::SCRATCH`].
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn learn(root: &Path, program: Option<PathBuf>) -> io::Result<Self> {
         let mut tree = Self { program, ..Self::default() };
+        let has = |compiler: &Compiler| root.join(Self::SCRATCH).join(compiler.source()).exists();
+        tree.compilers = Compiler::ALL.into_iter().filter(has).collect();
         tree.visit(root, Path::new(""))?;
         // From all over the tree, not from the directory that happens to come first.
         let step = (tree.small.len() / SMALL_FILES).max(1);
@@ -118,7 +190,9 @@ impl Tree {
         for entry in entries {
             let (kind, path) = (entry.file_type()?, below.join(entry.file_name()));
             if kind.is_dir() {
-                self.visit(root, &path)?;
+                if path != Path::new(Self::SCRATCH) {
+                    self.visit(root, &path)?;
+                }
             } else if kind.is_file() {
                 let size = entry.metadata()?.len();
                 if size > self.largest.1 {
@@ -137,6 +211,17 @@ impl Tree {
     #[must_use]
     pub fn files(&self) -> usize {
         self.files.len()
+    }
+
+    /// What can be done to it, in the order of the table.
+    #[must_use]
+    pub fn operations(&self) -> Vec<Operation> {
+        let can = |operation: &Operation| match operation {
+            Operation::Exec => self.program.is_some(),
+            Operation::Compile(compiler) => self.compilers.contains(compiler),
+            _ => true,
+        };
+        Operation::ALL.into_iter().filter(can).collect()
     }
 
     /// How long it takes in this copy.
@@ -175,27 +260,21 @@ impl Tree {
                 Ok(())
             }),
             Operation::Exec => {
-                let Some(program) = &self.program else { return Ok(Duration::ZERO) };
-                let program = root.join(program);
-                each(&[(); RUNS], |()| {
-                    let status = Command::new(&program).stdin(Stdio::null()).stdout(Stdio::null()).status()?;
-                    if status.success() {
-                        Ok(())
-                    } else {
-                        Err(io::Error::other(format!("{}: {status}", program.display())))
-                    }
-                })
+                let program = root.join(self.program.as_deref().unwrap_or(Path::new("")));
+                each(&[(); RUNS], |()| run(&mut Command::new(&program)))
             }
             Operation::Random => {
                 let file = File::open(root.join(&self.largest.0))?;
-                let mut state = 0x9e37_79b9_7f4a_7c15_u64;
                 let mut buffer = [0; 4096];
-                let pages = (self.largest.1 / 4096).max(1);
-                each(&[(); RANDOM_READS], |()| {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    black_box(file.read_at(&mut buffer, state % pages * 4096)?);
+                each(&self.random_pages(), |page| {
+                    black_box(file.read_at(&mut buffer, page * 4096)?);
+                    Ok(())
+                })
+            }
+            Operation::RandomMap => {
+                let map = MappedFile::of(&File::open(root.join(&self.largest.0))?)?;
+                each(&self.random_pages(), |page| {
+                    black_box(map.as_ref().get(usize::try_from(page * 4096).unwrap_or(usize::MAX)).copied());
                     Ok(())
                 })
             }
@@ -210,6 +289,7 @@ impl Tree {
                 black_box(fs::read_dir(path)?.count());
                 Ok(())
             }),
+            Operation::Find => each(&[()], |()| run(Command::new("find").arg(root).arg("-ls"))),
             Operation::Whole => {
                 let mut buffer = vec![0; 1 << 20];
                 each(&at(&self.files), |path| {
@@ -218,8 +298,33 @@ impl Tree {
                     Ok(())
                 })
             }
+            Operation::Compile(compiler) => {
+                let mut command = Command::new("chroot");
+                // Without /proc, a program does not find the libraries that lie beside it.
+                command.arg(root).args(compiler.command()).env("LD_LIBRARY_PATH", "/rust/lib");
+                each(&vec![(); compiler.runs()], |()| run(&mut command))
+            }
         }
     }
+
+    /// The same pages of the largest file for every copy.
+    fn random_pages(&self) -> Vec<u64> {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let pages = (self.largest.1 / 4096).max(1);
+        let next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % pages
+        };
+        std::iter::repeat_with(next).take(RANDOM_READS).collect()
+    }
+}
+
+/// Runs a program that says nothing of interest to its good end.
+fn run(command: &mut Command) -> io::Result<()> {
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
 }
 
 fn each<T>(all: &[T], mut one: impl FnMut(&T) -> io::Result<()>) -> io::Result<Duration> {

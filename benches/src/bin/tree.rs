@@ -3,7 +3,7 @@
 //! Copies are measured in turn, round by round, so that what disturbs the machine disturbs all of them; a figure is the
 //! median of the rounds, with the least and the greatest beside it. The first copy is the yardstick; if one is called
 //! `overlay`, ratios to it are printed too, and judged by the goals for copies called `sealed` and `live`.
-//! *Warm* is after a round that does not count. *Cold* is with the kernel's caches dropped before each operation, which
+//! *Warm* is after a round that does not count, which begins without anything in the kernel's caches. *Cold* is with the kernel's caches dropped before each operation, which
 //! needs root: what a file system keeps on disk is there still.
 #![allow(clippy::print_stdout, reason = "the result of a benchmark is its output")]
 
@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use narlake_bench::tree::{Operation, Tree};
+use narlake_bench::tree::{Compiler, Operation, Tree};
 use serde_json::json;
 
 /// Rounds that count, if nothing else is said.
@@ -30,6 +30,10 @@ const GOALS: &[(&str, bool, Operation, f64)] = &[
     ("sealed", false, Operation::Exec, 1.15),
     ("sealed", false, Operation::Sequential, 1.15),
     ("sealed", false, Operation::Random, 1.15),
+    ("sealed", false, Operation::RandomMap, 1.15),
+    ("sealed", false, Operation::Compile(Compiler::Gcc), 1.05),
+    ("sealed", false, Operation::Compile(Compiler::Gxx), 1.05),
+    ("sealed", false, Operation::Compile(Compiler::Rustc), 1.05),
     ("sealed", true, Operation::Small, 1.5),
     ("sealed", true, Operation::Random, 1.15),
     ("sealed", true, Operation::Sequential, 1.15),
@@ -37,6 +41,9 @@ const GOALS: &[(&str, bool, Operation, f64)] = &[
     ("live", false, Operation::Open, 1.5),
     ("live", false, Operation::Small, 1.5),
     ("live", false, Operation::Exec, 1.1),
+    ("live", false, Operation::Compile(Compiler::Gcc), 1.15),
+    ("live", false, Operation::Compile(Compiler::Gxx), 1.15),
+    ("live", false, Operation::Compile(Compiler::Rustc), 1.15),
 ];
 
 type Seconds = BTreeMap<(String, bool, Operation), Vec<f64>>;
@@ -75,10 +82,12 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
 fn measure(tree: &Tree, copies: &[(String, PathBuf)], rounds: usize) -> Result<Seconds, String> {
     let mut seconds = Seconds::new();
     for cold in [false, true] {
-        let operations: &[Operation] = if cold { &COLD } else { &Operation::ALL };
+        let operations = if cold { COLD.to_vec() } else { tree.operations() };
+        // Pages of a file that was written lie in memory in another way than those of one that was read.
+        drop_caches()?;
         // A round before the first warms up.
         for round in 0..=rounds {
-            for operation in operations {
+            for operation in &operations {
                 for number in 0..copies.len() {
                     // Nobody is always the first.
                     let Some((name, root)) = copies.get((number + round) % copies.len()) else { continue };
@@ -114,7 +123,7 @@ fn report(tree: &Tree, copies: &[(String, PathBuf)], seconds: &Seconds, rounds: 
     };
     let native = copies.first().map(|(name, _)| name.as_str()).unwrap_or_default();
     let mut rows = Vec::new();
-    for (name, cold, operation) in seconds.keys() {
+    for ((name, cold, operation), all) in seconds {
         let Some((median, least, greatest)) = median_of(name, *cold, *operation) else { continue };
         let to = |other: &str| median_of(other, *cold, *operation).map(|(base, ..)| round(median / base.max(1e-9)));
         let goal = GOALS.iter().find(|(who, when, what, _)| who == name && when == cold && what == operation);
@@ -124,6 +133,7 @@ fn report(tree: &Tree, copies: &[(String, PathBuf)], seconds: &Seconds, rounds: 
             "cold": cold,
             "operation": operation.name(),
             "seconds": [round(median), round(least), round(greatest)],
+            "rounds": all.iter().map(|seconds| round(*seconds)).collect::<Vec<f64>>(),
             "to_native": to(native),
             "to_overlay": to("overlay"),
             "goal": verdict.map(|(most, _)| most),
