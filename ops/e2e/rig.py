@@ -185,12 +185,13 @@ class Rig:
         """Nix in the chroot of a suite, with the store paths of DEBNIX, or none."""
         return Nix(self, suite, name or f"nix-{suite}{'-empty' if empty else ''}", empty)
 
-    def mountd(self, server, directory="mountd", trusted=None, supervised=False, **settings):
+    def mountd(self, server, directory="mountd", trusted=None, supervised=False, prefix=(), **settings):
         """A running narlake-mountd that shows what the server has, if a trusted key signed it; by default the server's.
 
-        If supervised, narlake-mounts starts it, and keeps its mounts.
+        If supervised, narlake-mounts starts it, and keeps its mounts. `prefix` is a command that it is started with, such
+        as env.
         """
-        mountd = Mountd(self, self.path(directory), server, trusted or server.public_keys(), supervised, settings)
+        mountd = Mountd(self, self.path(directory), server, trusted or server.public_keys(), supervised, prefix, settings)
         mountd.start()
         return mountd
 
@@ -423,12 +424,13 @@ class Mountd:
 
     METRICS = "127.0.0.1:19081"
 
-    def __init__(self, rig, directory, server, trusted, supervised, settings):
+    def __init__(self, rig, directory, server, trusted, supervised, prefix, settings):
         self.rig = rig
         self.directory = directory
         self.server = server
         self.trusted = trusted
         self.supervised = supervised
+        self.prefix = prefix
         self.settings = settings
         self.mountpoint = rig.path(f"{directory.name}/lower")
         self.cache = settings.pop("cache_dir", directory / "cache")
@@ -439,8 +441,8 @@ class Mountd:
     def start(self):
         keys = [word for key in self.trusted for word in ("--trusted-key", key)]
         settings = [word for key, value in self.settings.items() for word in (f"--{key.replace('_', '-')}", value)]
-        command = [self.rig.program("narlake-mountd"), "run", "--server", self.server.url, "--mount", self.mountpoint,
-                   "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control", self.control_socket,
+        command = [*self.prefix, self.rig.program("narlake-mountd"), "run", "--server", self.server.url,
+                   "--mount", self.mountpoint, "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control", self.control_socket,
                    "--metrics-listen", self.METRICS, *keys, *settings]
         if self.supervised:
             socket_path = self.directory / "mounts.socket"
