@@ -24,9 +24,10 @@ use crate::fs::nodes::{NodeId, ObjectNumber};
 use crate::fs::tree::{EntryNumber, Tree, TreeFile};
 use crate::lru::{Lru, Weigh, lru};
 
-/// Entries whose chunks' places are learnt together, and the most places of one file among them.
+/// Entries whose chunks' places are learnt together: the first of each file, and where there is room, more of each.
 const ENTRIES_TOGETHER: u32 = 1024;
 const OF_ONE_FILE: usize = 8;
+const MORE_OF_ONE_FILE: usize = 120;
 
 /// Chunks of a long file whose places are learnt together: 16 MiB and more.
 const CHUNKS_TOGETHER: usize = 1024;
@@ -239,9 +240,10 @@ impl Foresight {
         let block = site.entry / ENTRIES_TOGETHER;
         if self.first(Part::Entries(number, block)) {
             let entries = block * ENTRIES_TOGETHER..(block + 1).saturating_mul(ENTRIES_TOGETHER);
-            let files = entries.filter_map(|entry| site.tree.file(entry));
-            let ids = files.flat_map(|file| file.chunks.iter().take(OF_ONE_FILE));
-            self.fetcher.learn(ids.take(LEARN_MAX).map(|id| (*id).into()).collect());
+            let files = || entries.clone().filter_map(|entry| site.tree.file(entry));
+            let first = files().flat_map(|file| file.chunks.iter().take(OF_ONE_FILE));
+            let more = files().flat_map(|file| file.chunks.iter().skip(OF_ONE_FILE).take(MORE_OF_ONE_FILE));
+            self.fetcher.learn(first.chain(more).take(LEARN_MAX).map(|id| (*id).into()).collect());
         }
         if site.file.chunks.len() > OF_ONE_FILE {
             let block = chunks_of(&site.file, range).start / CHUNKS_TOGETHER;

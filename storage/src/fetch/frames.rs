@@ -24,6 +24,10 @@ const CREDIT_FIRST: u64 = 512 << 10;
 /// Most that is saved up: what was used long ago says little of what will be.
 const CREDIT_MAX: u64 = 32 << 20;
 
+/// Share of the cache that is for frames asked for again after others had come. The rest takes what is new, which must
+/// last until whoever reads on comes to it: by default it would be 3 %, less than one frame in each shard.
+const AGAIN_SHARE: f64 = 0.25;
+
 /// How long a frame that was read ahead counts as about to be used.
 const FRESH: Duration = Duration::from_secs(10);
 
@@ -100,7 +104,10 @@ impl Frames {
         // Packed three to one and more, that is up to half of the cache.
         let ledger = Arc::new(Ledger { ahead_max: bytes_max / 6, balance: Mutex::new(balance), metrics });
         let items = usize::try_from(bytes_max / (256 << 10)).unwrap_or(usize::MAX).max(16);
-        let options = OptionsBuilder::new().estimated_items_capacity(items).weight_capacity(bytes_max).build();
+        // One shard: split, no part of the budget would hold many frames.
+        let mut options = OptionsBuilder::new();
+        options.shards(1).hot_allocation(AGAIN_SHARE).estimated_items_capacity(items).weight_capacity(bytes_max);
+        let options = options.build();
         let lifecycle = Settle(Arc::clone(&ledger));
         // Absent numbers leave an untuned cache of that budget, which differs in speed alone.
         let decoded = match options {
@@ -212,6 +219,31 @@ mod tests {
         assert!(frames.grant(2 * some, true) && !frames.grant(1, true));
         frames.asked(10);
         assert!(frames.grant(10, true));
+    }
+
+    /// A cache that is full of what was used, some of it often, still takes as much as may be read ahead.
+    #[tokio::test(start_paused = true)]
+    async fn what_was_read_ahead_lasts_until_it_is_used() {
+        const FRAME: usize = 256 << 10;
+        let frames = Frames::new(64 << 20, FetchMetrics::unregistered());
+        let content = Bytes::from(vec![0; FRAME]);
+        for number in 0..1000 {
+            frames.insert(key(number), content.clone(), None);
+            assert!(frames.get(&key(number)).is_some());
+            if number % 3 > 0 {
+                frames.get(&key(number - 1));
+            }
+        }
+        let stored = FRAME as u64 / 3;
+        let mut ahead = Vec::new();
+        while frames.grant(stored, false) {
+            let number = 2000 + u32::try_from(ahead.len()).unwrap();
+            frames.insert(key(number), content.clone(), Some(stored));
+            ahead.push(key(number));
+        }
+        assert!(ahead.len() > 100, "{}", ahead.len());
+        let kept = ahead.iter().filter(|key| frames.get(key).is_some()).count();
+        assert_eq!(kept, ahead.len());
     }
 
     #[tokio::test(start_paused = true)]

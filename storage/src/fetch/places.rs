@@ -8,10 +8,14 @@ use std::sync::{PoisonError, RwLock};
 
 use narlake_format::id::BlobId;
 use narlake_format::lake::location::{Location, PackRef};
-use quick_cache::sync::Cache;
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, UnitWeighter};
 
 /// Most packs that have a number; with the next one, all are forgotten. About 10 MB.
 const PACKS_MAX: u32 = 1 << 16;
+
+/// Share of places that is for those asked for again. The rest takes what has been learnt and is yet to be used.
+const AGAIN_SHARE: f64 = 0.5;
 
 pub(super) struct Places {
     known: Cache<BlobId, Place>,
@@ -63,7 +67,14 @@ impl Packs {
 impl Places {
     /// Remembers up to `max` places; none if that is 0.
     pub(super) fn new(max: usize) -> Self {
-        Self { known: Cache::new(max), packs: RwLock::default() }
+        let mut options = OptionsBuilder::new();
+        options.hot_allocation(AGAIN_SHARE).estimated_items_capacity(max).weight_capacity(max as u64);
+        let parts = (DefaultHashBuilder::default(), DefaultLifecycle::default());
+        let known = match options.build() {
+            Ok(options) => Cache::with_options(options, UnitWeighter, parts.0, parts.1),
+            Err(_) => Cache::new(max),
+        };
+        Self { known, packs: RwLock::default() }
     }
 
     pub(super) fn get(&self, id: &BlobId) -> Option<Location> {
