@@ -2,6 +2,7 @@
 
 pub mod corpus;
 pub mod engine;
+pub mod link;
 pub mod parts;
 pub mod span;
 pub mod tree;
