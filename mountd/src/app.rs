@@ -29,6 +29,7 @@ use crate::metadata::{Blobs, Metadata, Records};
 use crate::metrics::Metrics;
 use crate::metrics_page;
 use crate::mounter::Mounter;
+use crate::mountinfo::Watch;
 use crate::nix_socket::{NixSocket, listen};
 use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
@@ -336,7 +337,8 @@ impl Daemon {
             // What the last daemon told the kernel does not exist is not known any more.
             view.owes_refresh();
         }
-        tasks.spawn(alive::beat(mounter.clone(), serving.dir().to_owned(), stop.clone()));
+        let mounts = Watch::new().context("read the mounts")?;
+        tasks.spawn(alive::beat(mounter.clone(), serving.seat(), mounts, stop.clone()));
         let views = Views::new(Parts {
             store: store.clone(),
             view: view.clone(),

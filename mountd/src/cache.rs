@@ -70,8 +70,12 @@ const OLD_PARTIAL: &str = "partial";
 /// How long an opening waits for the scan: that of a small cache, and never so long that a restart is felt.
 const SCAN_GRACE: Duration = Duration::from_millis(100);
 
-/// How long after the opening fills wait for the scan. Later ones are served and not kept until it is done.
-const SCAN_PATIENCE: Duration = Duration::from_secs(2);
+/// How long after the opening fills wait for the scan, of which whoever reads feels what is left after the start. Later
+/// ones are served and not kept until it is done.
+const FILL_PATIENCE: Duration = Duration::from_millis(250);
+
+/// How long after the opening it is waited for by who would have files dropped.
+const SHRINK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long an opening waits for another daemon's lock: while one ends, it may be in a last step.
 const LOCK_GRACE: Duration = Duration::from_millis(200);
@@ -310,9 +314,9 @@ impl Cache {
         !self.wait_for(Phase::Verifying, Duration::ZERO)
     }
 
-    /// Waits for the scan as long as a fill may. True if it is done.
-    fn wait_scanned(&self) -> bool {
-        self.wait_for(Phase::Verifying, SCAN_PATIENCE.saturating_sub(self.opened.elapsed()))
+    /// Waits for the scan until this long after the opening. True if it is done.
+    fn wait_scanned(&self, patience: Duration) -> bool {
+        self.wait_for(Phase::Verifying, patience.saturating_sub(self.opened.elapsed()))
     }
 
     fn wait_for(&self, wanted: Phase, limit: Duration) -> bool {

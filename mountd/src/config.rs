@@ -246,8 +246,13 @@ impl Settings {
         let token_file = self.token_file.clone();
         let token = self.token_file.map(|path| {
             let text = fs::read_to_string(&path);
-            let text = text.map_err(|source| ConfigError::Read { path, source })?;
-            Ok(text.trim().to_owned())
+            let text = text.map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            let token = text.trim();
+            if token.is_empty() {
+                let (setting, value) = ("--token-file", path.display().to_string());
+                return Err(ConfigError::Invalid { setting, value, reason: "holds no token" });
+            }
+            Ok(token.to_owned())
         });
         let deadline_s = self.fetch_deadline_s.unwrap_or(30);
         if !DEADLINE_S.contains(&deadline_s) {
@@ -341,6 +346,9 @@ mod tests {
         check(&format!("{COMPLETE}\non_outage = \"build\""), Ok(()));
         check(&format!("{COMPLETE}\ntrusted_keys = [\"x\"]"), Err("--trusted-key"));
         check(&format!("{COMPLETE}\ntoken_file = \"/nonexistent/t\""), Err("read /nonexistent/t"));
+        let empty = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&empty, " \n").unwrap();
+        check(&format!("{COMPLETE}\ntoken_file = {:?}", empty.path()), Err("holds no token"));
         check(&COMPLETE.replace("http://", "ftp://"), Err("--server"));
     }
 

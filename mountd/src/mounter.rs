@@ -103,14 +103,19 @@ impl Mounter {
         }
     }
 
-    /// Says that this daemon is alive.
+    /// Says that this daemon is alive. Returns the names of connections whose mounts the supervisor finds on their
+    /// directories no more.
     ///
     /// # Errors
     /// When the supervisor is gone, or has given the lease to another.
-    pub fn beat(&self) -> Result<(), MountError> {
-        let Self::Supervised(lease) = self else { return Ok(()) };
+    pub fn beat(&self) -> Result<Vec<String>, MountError> {
+        let Self::Supervised(lease) = self else { return Ok(Vec::new()) };
         let wire = lease.wire.lock().unwrap_or_else(PoisonError::into_inner);
-        done(ask(&wire, &lease.socket, BEAT_TIMEOUT, &Request::Beat, &[])?, &lease.socket)
+        match ask(&wire, &lease.socket, BEAT_TIMEOUT, &Request::Beat, &[])? {
+            (Answer::Done, _) => Ok(Vec::new()),
+            (Answer::Gone { connections }, _) => Ok(connections),
+            _ => Err(misunderstood(&lease.socket)),
+        }
     }
 
     /// A FUSE connection by this name, whose file system is seen in a directory as [`mount::prepare`] returns it.

@@ -28,7 +28,7 @@ use futures::future::try_join_all;
 use narlake_format::id::{BlobId, BlobKind, ChunkId, ContentId};
 use narlake_format::lake::scrub::PatchList;
 use narlake_format::lake::strings::StringTable;
-use narlake_storage::fetch::Fetcher;
+use narlake_storage::fetch::{Fetcher, Nearness};
 
 use self::ahead::{Foresight, Site};
 use self::fill::{Fill, Share};
@@ -41,6 +41,9 @@ use crate::metrics::Metrics;
 
 /// A file up to this many bytes is fetched whole: what the kernel's readahead asks for at once anyway.
 const WHOLE_MAX: u64 = 128 * 1024;
+
+/// Chunks on either side of a fetch that are kept with it if they came in its frames: those of a frame, at most.
+const BESIDE_MAX: usize = 64;
 
 /// Bytes of memory for files whose patches and name are kept at hand: those of 4,000 files with a few thousand patches.
 /// The string table of an object counts for each of its files, so this is more than they take.
@@ -236,7 +239,8 @@ impl<'a> Lease<'a> {
             for (run, content) in fetched.await? {
                 let start = span_of(file, &run).start;
                 copy_overlap(&content, start, &range, &mut out);
-                self.fill.keep(&self.reader.cache, run, start, content).await;
+                self.fill.keep(&self.reader.cache, run.clone(), start, content).await;
+                self.keep_beside(file, view, run).await;
             }
             drop(mine);
             if !others.is_empty() {
@@ -245,6 +249,22 @@ impl<'a> Lease<'a> {
             }
         }
         Ok(out.into())
+    }
+
+    /// Keeps what else of the file came in the frames of a run: who reads here and there in a long file mostly comes back
+    /// to it when the frame is not in memory any more. Best effort.
+    async fn keep_beside(&self, file: &TreeFile<'_>, view: &FileView, run: Range<usize>) {
+        let fetcher = &self.reader.fetcher;
+        let is_here =
+            |chunk: &usize| file.chunks.get(*chunk).is_some_and(|id| fetcher.nearness(&(*id).into()) == Nearness::Here);
+        let before = (run.start.saturating_sub(BESIDE_MAX)..run.start).rev().take_while(is_here).count();
+        let after = (run.end..file.chunks.len()).take(BESIDE_MAX).take_while(is_here).count();
+        let beside: Vec<usize> = (run.start - before..run.start).chain(run.end..run.end + after).collect();
+        let claim = self.fill.share(&beside).mine;
+        for run in runs(claim.chunks()) {
+            let Ok(content) = self.fetch(file, view, run.clone()).await else { return };
+            self.fill.keep(&self.reader.cache, run.clone(), span_of(file, &run).start, content).await;
+        }
     }
 
     /// Copies what the partial file has of a run into the answer. False if it could not be read, or is not right.

@@ -64,8 +64,9 @@ pub fn run(settings: SupervisorSettings) -> Result<(), MountError> {
     let failed = |operation| MountError::kernel(operation, &socket);
     let listener = listen_on(&socket).map_err(failed("listen on"))?;
     let stop = stop_signals().map_err(failed("take over signals for"))?;
-    let state = Arc::new(State::new(settings.clone()));
-    let mut child = child::Child::new(settings.command);
+    let state = State::new(settings.clone()).map_err(failed("read the mounts, to listen on"))?;
+    let state = Arc::new(state);
+    let mut child = child::Child::new(settings.command, settings.patience);
     let mut ready = false;
     tracing::info!(socket = %socket.display(), "holding mounts");
     while !stop.load(std::sync::atomic::Ordering::SeqCst) {

@@ -297,10 +297,13 @@ impl Views {
         let token_file = file.clone();
         let (keys, metrics, tmp) = (parts.keys.clone(), parts.metrics.clone(), dir.join("tmp"));
         let opened = tokio::task::spawn_blocking(move || {
-            let token = std::fs::read_to_string(&file).map_err(MountError::kernel("read", &file))?;
+            let token = std::fs::read_to_string(&file).map_err(MountError::kernel("read", &file))?.trim().to_owned();
+            if token.is_empty() {
+                return Err(MountError::refused(&file, "holds no token"));
+            }
             std::fs::create_dir_all(&tmp).map_err(MountError::kernel("make", &tmp))?;
             let records = Metadata::open(&dir, OWN_METADATA_BYTES, keys, &metrics);
-            Ok((token.trim().to_owned(), records.map_err(MountError::kernel("open", &dir))?))
+            Ok((token, records.map_err(MountError::kernel("open", &dir))?))
         });
         let opened: Result<(String, Metadata), MountError> = joined(opened).await;
         let (token, metadata) = opened.map_err(Box::from).map_err(failed("read its token, open its records"))?;

@@ -21,6 +21,8 @@ EARLIEST_SHARE = 0.79
 # A read is the kernel's readahead, and then once more the page alone.
 LATEST_DEADLINES = 2.5
 GONE_SECONDS_MAX = 2
+# A supervisor looks at the mounts once a second, and tells the daemon with its next beat, of which there is one in three.
+LOOK_SECONDS = 5
 FUSE_CONNECTIONS = pathlib.Path("/sys/fs/fuse/connections")
 AWAY = ".away"
 
@@ -128,7 +130,7 @@ def abort(rig, place):
 
 
 
-@test(seconds=60, by=("abort", "umount"), supervised=(False, True))
+@test(seconds=60, by=("abort", "umount", "umount -l"), supervised=(False, True))
 def a_connection_that_is_cut(rig, by, supervised):
     """Who reads has an error and no hang; the daemon says so and ends, and the next one mounts anew."""
     server, mountd, file, content = small_lake(rig, supervised=supervised)
@@ -148,14 +150,29 @@ def a_connection_that_is_cut(rig, by, supervised):
         name, seconds = failure(lambda: os.pread(held.fileno(), 10, 2 * MIB))
         check(name == "ENOTCONN" and seconds < GONE_SECONDS_MAX, f"a file that was open gave {name} after {seconds:.1f} s")
         send(signal.SIGCONT)(server)
-    else:
+    elif by == "umount":
         rig.run("umount", mountd.mountpoint)
+    else:
+        # While it is open the connection lives on, though there is an empty directory where its paths were.
+        held = open(file, "rb", buffering=0)
+        rig.exit.callback(held.close)
+        over = rig.path("over")
+        rig.run("mount", "--bind", over, mountd.mountpoint)
+        time.sleep(LOOK_SECONDS)
+        rig.run("umount", mountd.mountpoint)
+        equal(mountd.status()["pid"], pid, "the daemon's process, after something was mounted over its mount")
+        rig.run("umount", "-l", mountd.mountpoint)
+        mountd.daemon.await_line(f"{mountd.mountpoint}.*the mount is not on its directory any more|"
+                                 f"the mount is not on its directory any more.*{mountd.mountpoint}")
     mountd.daemon.await_line("the mount was taken away")
     if supervised:
         wait_until("another daemon", lambda: mountd.status().get("pid", pid) != pid)
-        mountd.daemon.await_line("a connection was aborted; its mount is made anew")
+        mountd.daemon.await_line(r"(a connection was aborted; its mount|a mount was taken away; it) is made anew")
     else:
         equal(mountd.daemon.process.wait(timeout=30), 0, "status of the daemon")
         check(not os.path.ismount(mountd.mountpoint), "a mount without a daemon is left")
         mountd.start()
+    if by == "umount -l":
+        name, _ = failure(lambda: os.pread(held.fileno(), 10, 2 * MIB))
+        check(name in ("ECONNABORTED", "ENOTCONN"), f"a file that was open gave {name}")
     equal(crowd.read_anew(file, 0, len(content)), content, "the file")

@@ -39,8 +39,9 @@ impl Cache {
             }
             // Somebody cut it, or removed it: a miss, and filled anew. The file itself may be open elsewhere.
             Ok((length, _)) => {
-                tracing::warn!(file = %id, length, size, "cached file has the wrong length, dropped");
-                self.metrics.cache_damaged.inc();
+                if let Some(times) = self.count_damaged() {
+                    tracing::warn!(file = %id, length, size, times, "cached file has the wrong length, dropped");
+                }
                 self.drop_hot(id);
                 None
             }
@@ -50,8 +51,9 @@ impl Cache {
                 None
             }
             Err(error) => {
-                tracing::warn!(file = %id, %error, "open cached file");
-                self.metrics.cache_damaged.inc();
+                if let Some(times) = self.count_damaged() {
+                    tracing::warn!(file = %id, %error, times, "open cached file");
+                }
                 self.drop_hot(id);
                 None
             }
@@ -122,9 +124,17 @@ impl Cache {
 
     /// Drops a complete file whose content turned out to be wrong.
     pub fn drop_damaged(&self, id: &ContentId) {
-        tracing::warn!(file = %id, "cached file is damaged, dropped");
-        self.metrics.cache_damaged.inc();
+        if let Some(times) = self.count_damaged() {
+            tracing::warn!(file = %id, times, "cached file is damaged, dropped");
+        }
         self.drop_hot(id);
+    }
+
+    /// Counts a file that is not as it was put; the count if it is to be logged. A disk that goes bad has very many: it is
+    /// said now and then, and always counted.
+    fn count_damaged(&self) -> Option<u64> {
+        self.metrics.cache_damaged.inc();
+        Some(self.metrics.cache_damaged.get()).filter(|times| times.is_power_of_two())
     }
 
     pub(super) fn drop_hot(&self, id: &ContentId) {

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::sync::PoisonError;
 
-use super::{Cache, hot, partial, resident};
+use super::{Cache, FILL_PATIENCE, SHRINK_PATIENCE, hot, partial, resident};
 
 /// Rounds of eviction for one request: some may only spare, and one may only unlink what is still open.
 const ROUNDS: usize = 4;
@@ -40,9 +40,9 @@ impl Cache {
     }
 
     /// Drops what was used least recently until at most `bytes` are used, as far as that can be. Returns how many bytes
-    /// were unlinked. Waits for the first scan, for as long as a fill does.
+    /// were unlinked. Waits a little for the first scan; 0 if it is not done by then.
     pub fn shrink_to(&self, bytes: u64) -> u64 {
-        if !self.wait_scanned() {
+        if !self.wait_scanned(SHRINK_PATIENCE) {
             return 0;
         }
         let _turn = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -51,7 +51,7 @@ impl Cache {
 
     /// Room for this many bytes more, made if need be. `None` if there is none.
     pub(super) fn room(&self, bytes: u64) -> Option<Room<'_>> {
-        if bytes > self.settings.bytes_max || !self.wait_scanned() {
+        if bytes > self.settings.bytes_max || !self.wait_scanned(FILL_PATIENCE) {
             return None;
         }
         if let Some(room) = self.reserve(bytes) {

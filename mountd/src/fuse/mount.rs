@@ -16,14 +16,14 @@ use rustix::process::{getegid, geteuid};
 use super::fusermount;
 use super::init::Agreement;
 use crate::mount_error::MountError;
-use crate::mountinfo;
+use crate::mountinfo::{self, MountInfo};
 use crate::privilege;
 
 /// How the kernel calls this kind of mount.
 const FS_TYPE: &str = "fuse.narlake";
 
 /// A mount of ours.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Mount {
     dir: PathBuf,
     /// The device number that the kernel gave it. No other mount has it as long as this one lives.
@@ -111,6 +111,15 @@ impl Mount {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Whether it is among these mounts and on its directory, be it below another one. Not if it was moved away, or
+    /// detached (`umount -l`), though whoever has a file of it open keeps it alive.
+    #[must_use]
+    pub fn is_among(&self, mounts: &[MountInfo]) -> bool {
+        // One whose device nobody has told cannot be found, and is not missed.
+        let Some(device) = &self.device else { return true };
+        mounts.iter().any(|mount| mount.device == *device && mount.mount_point == self.dir)
     }
 
     /// Unmounts, if the mount is still there and still this one. True if it was in use and had to be detached: it goes

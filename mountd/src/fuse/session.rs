@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use fuser::{Config, SessionACL};
@@ -25,7 +25,7 @@ pub struct Serving {
     name: String,
     dir: PathBuf,
     mount: Option<Mount>,
-    ended: watch::Receiver<bool>,
+    end: Arc<watch::Sender<bool>>,
     /// Closed when the session has ended.
     session: mpsc::Receiver<()>,
 }
@@ -58,7 +58,7 @@ impl Serving {
         let served = serve(&connection.dir, shim, &connection, threads);
         let Connection { name, dir, mount, .. } = connection;
         match served {
-            Ok((ended, session)) => Ok(Self { mounter, name, dir, mount, ended, session }),
+            Ok((end, session)) => Ok(Self { mounter, name, dir, mount, end, session }),
             Err(error) => {
                 let _ = mounter.disconnect(&name, mount.as_ref(), true);
                 Err(error)
@@ -72,10 +72,17 @@ impl Serving {
         &self.dir
     }
 
-    /// Becomes true when the session ends, whoever ended it.
+    /// Becomes true when the session ends, whoever ended it, or its mount is found to be gone ([`Seat::vacate`]).
     #[must_use]
     pub fn ended(&self) -> watch::Receiver<bool> {
-        self.ended.clone()
+        self.end.subscribe()
+    }
+
+    /// Its place among the mounts, for whoever sees to it that it is kept ([`crate::alive`]).
+    #[must_use]
+    pub fn seat(&self) -> Seat {
+        let (name, dir) = (self.name.clone(), self.dir.clone());
+        Seat { name, dir, mount: self.mount.clone(), end: Arc::clone(&self.end) }
     }
 
     /// Unmounts, and waits a little for the session to end. Blocks.
@@ -101,7 +108,27 @@ impl Serving {
     }
 }
 
-type Served = (watch::Receiver<bool>, mpsc::Receiver<()>);
+/// Where a mount that is being served is to be found.
+#[derive(Clone)]
+pub struct Seat {
+    /// The connection's name.
+    pub name: String,
+    /// The directory.
+    pub dir: PathBuf,
+    /// The mount, where this process made it, and has it in its namespace.
+    pub mount: Option<Mount>,
+    end: Arc<watch::Sender<bool>>,
+}
+
+impl Seat {
+    /// Says that the mount is on its directory no more: to those who listen it is as if the session had ended, though it
+    /// lasts as long as somebody has a file open.
+    pub fn vacate(&self) {
+        self.end.send_replace(true);
+    }
+}
+
+type Served = (Arc<watch::Sender<bool>>, mpsc::Receiver<()>);
 
 fn serve(dir: &Path, mut shim: Shim, connection: &Connection, threads: usize) -> Result<Served, MountError> {
     let kernel = |operation| move |source| MountError::Kernel { operation, path: dir.to_owned(), source };
@@ -117,7 +144,8 @@ fn serve(dir: &Path, mut shim: Shim, connection: &Connection, threads: usize) ->
     if connection.resumed && connection.agreement.has_resend() {
         resume::ask_again(&connection.device).map_err(kernel("ask for what an earlier daemon left undone on"))?;
     }
-    let (end, ended) = watch::channel(false);
+    let end = Arc::new(watch::Sender::new(false));
+    let ended = Arc::clone(&end);
     let (alive, session_ended) = mpsc::channel::<()>();
     let name = dir.display().to_string();
     let work = move || {
@@ -126,9 +154,9 @@ fn serve(dir: &Path, mut shim: Shim, connection: &Connection, threads: usize) ->
             Ok(()) => tracing::info!(mount = name, "session ended"),
             Err(error) => tracing::error!(mount = name, %error, "session ended"),
         }
-        let _ = end.send(true);
+        ended.send_replace(true);
         drop(alive);
     };
     std::thread::Builder::new().name("fuse-session".into()).spawn(work).map_err(kernel("serve"))?;
-    Ok((ended, session_ended))
+    Ok((end, session_ended))
 }

@@ -39,7 +39,7 @@ pub(crate) enum Request {
         /// Instead of the one that is.
         takeover: bool,
     },
-    /// It is alive. Answered with [`Answer::Done`].
+    /// It is alive. Answered with [`Answer::Done`], or [`Answer::Gone`].
     Beat,
     /// A connection of this name, mounted on a directory unless it is held already. Answered with
     /// [`Answer::Connected`], with the device and the notes of [`crate::fuse::resent`].
@@ -127,6 +127,11 @@ pub(crate) enum Request {
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub(crate) enum Answer {
     Done,
+    /// Done; but mounts of connections are on their directories no more, because somebody has unmounted them.
+    Gone {
+        /// The connections.
+        connections: Vec<String>,
+    },
     Lease {
         /// Connections that are held.
         connections: Vec<String>,

@@ -34,6 +34,11 @@ impl Token {
         }
         let read = tokio::time::timeout(READ_TIMEOUT, tokio::fs::read_to_string(file)).await;
         let token = match read {
+            // Perhaps just being written.
+            Ok(Ok(text)) if text.trim().is_empty() => {
+                tracing::warn!(file = %file.display(), "the token's file holds no token, keeping the one that was read");
+                return false;
+            }
             Ok(Ok(text)) if text.len() <= TOKEN_MAX => Some(Arc::from(text.trim())),
             Ok(Ok(_)) | Err(_) => return false,
             Ok(Err(error)) => {

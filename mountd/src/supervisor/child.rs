@@ -12,6 +12,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A daemon that has run this long is no failure: the next start has no pause again.
 const GOOD_RUN: Duration = Duration::from_secs(10);
 
+/// The least time that one has to come, however short the patience of readers.
+const COME_MIN: Duration = Duration::from_secs(10);
+
 /// Longest wait for a daemon that was told to go when this process does.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -19,7 +22,13 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) struct Child {
     /// Empty if somebody else starts it.
     command: Vec<String>,
+    /// How long one may run without there being a daemon.
+    patience: Duration,
     process: Option<(Process, Instant)>,
+    /// When there was a daemon last, or this one was started.
+    seen: Instant,
+    /// It was killed for not coming.
+    killed: bool,
     /// It has been the daemon.
     served: bool,
     pause: Duration,
@@ -27,16 +36,36 @@ pub(super) struct Child {
 }
 
 impl Child {
-    pub(super) fn new(command: Vec<String>) -> Self {
-        Self { command, process: None, served: false, pause: Duration::ZERO, next: Instant::now() }
+    pub(super) fn new(command: Vec<String>, patience: Duration) -> Self {
+        let (now, patience) = (Instant::now(), patience.max(COME_MIN));
+        let (process, served, killed, pause) = (None, false, false, Duration::ZERO);
+        Self { command, patience, process, seen: now, killed, served, pause, next: now }
     }
 
-    /// Starts the daemon if there is none and its time has come. One that somebody else has started is left alone.
+    /// Starts the daemon if there is none and its time has come. One that somebody else has started is left alone. One
+    /// that was started here and hangs before it becomes the daemon is killed: nobody else looks for its beats.
     pub(super) fn look_after(&mut self, has_daemon: bool, now: Instant) {
         self.served |= has_daemon && self.process.is_some();
+        if has_daemon {
+            self.seen = now;
+        }
         if let Some((process, began)) = &mut self.process {
             match process.try_wait() {
-                Ok(None) => return,
+                Ok(None) => {
+                    let missed = now.saturating_duration_since(self.seen);
+                    if missed > self.patience && !std::mem::replace(&mut self.killed, true) {
+                        let after_s = missed.as_secs();
+                        tracing::error!(
+                            pid = process.id(),
+                            after_s,
+                            "the daemon that was started here does not come, killed"
+                        );
+                        if let Err(error) = process.kill() {
+                            tracing::error!(%error, "kill the daemon");
+                        }
+                    }
+                    return;
+                }
                 Ok(Some(status)) => tracing::warn!(%status, "the daemon that was started here has ended"),
                 Err(error) => tracing::error!(%error, "wait for the daemon"),
             }
@@ -54,7 +83,10 @@ impl Child {
             return;
         }
         match Command::new(program).args(arguments).spawn() {
-            Ok(process) => self.process = Some((process, now)),
+            Ok(process) => {
+                self.process = Some((process, now));
+                (self.seen, self.killed) = (now, false);
+            }
             Err(error) => {
                 tracing::error!(program, %error, "start the daemon");
                 self.next = now + PAUSE_MAX;

@@ -56,7 +56,8 @@ fn answer(state: &State, pid: u32, request: Request, descriptors: Vec<OwnedFd>) 
         }
         Request::Beat => {
             state.beats(pid);
-            alone(Answer::Done)
+            let connections = state.gone();
+            alone(if connections.is_empty() { Answer::Done } else { Answer::Gone { connections } })
         }
         Request::Connect { name, dir } => {
             let Handed { agreement, descriptors, resumed } = state.connect(&name, &dir)?;

@@ -18,6 +18,7 @@ use super::{SupervisorSettings, dying};
 use crate::fuse::init::Agreement;
 use crate::fuse::mount::{self, Mount};
 use crate::mount_error::MountError;
+use crate::mountinfo::Watch;
 
 /// Most FUSE connections held.
 const CONNECTIONS_MAX: usize = 1024;
@@ -30,6 +31,9 @@ pub(super) const GO_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How often it is looked after a daemon that is to go.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether mounts are where they were made.
+const MOUNTS_EVERY: Duration = Duration::from_secs(1);
 
 /// A daemon that lives shorter than this does not count as one that has come.
 const SERVED_MIN: Duration = Duration::from_secs(1);
@@ -48,6 +52,9 @@ struct Held {
     /// When the last daemon that served went, or this process began.
     alone_since: Instant,
     answering: Option<Answering>,
+    mounts: Watch,
+    /// When they were looked at.
+    mounts_seen: Instant,
 }
 
 struct Connection {
@@ -56,6 +63,8 @@ struct Connection {
     agreement: Agreement,
     /// See [`crate::fuse::resent`].
     notes: OwnedFd,
+    /// Its mount is on its directory no more.
+    gone: bool,
 }
 
 struct Kept {
@@ -71,10 +80,11 @@ pub(super) struct Handed {
 }
 
 impl State {
-    pub(super) fn new(settings: SupervisorSettings) -> Self {
-        let (connections, kept) = (BTreeMap::new(), BTreeMap::new());
-        let held = Held { connections, kept, lease: None, alone_since: Instant::now(), answering: None };
-        Self { settings, held: Mutex::new(held), mounting: Mutex::default() }
+    pub(super) fn new(settings: SupervisorSettings) -> io::Result<Self> {
+        let (connections, kept, now) = (BTreeMap::new(), BTreeMap::new(), Instant::now());
+        let (mounts, mounts_seen) = (Watch::new()?, now);
+        let held = Held { connections, kept, lease: None, alone_since: now, answering: None, mounts, mounts_seen };
+        Ok(Self { settings, held: Mutex::new(held), mounting: Mutex::default() })
     }
 
     pub(super) fn has_daemon(&self) -> bool {
@@ -114,13 +124,17 @@ impl State {
         tracing::info!(pid, after_ms = millis(held.alone_since.elapsed()), "daemon has come");
         held.lease = Some(lease);
         let before = held.connections.len();
+        held.look_at_mounts();
         held.connections.retain(|name, connection| {
             let alive = connection.is_alive();
             if !alive {
                 tracing::error!(name, "a connection was aborted; its mount is made anew");
                 let _ = connection.mount.unmount();
+            } else if connection.gone {
+                // It ends when nobody holds it any more: whoever has a file of it open gets errors.
+                tracing::error!(name, "a mount was taken away; it is made anew");
             }
-            alive
+            alive && !connection.gone
         });
         if held.connections.len() < before {
             // Overlays lie over a file system, not over a place: over one that is gone they are of no use.
@@ -138,6 +152,13 @@ impl State {
             }
             None => false,
         }
+    }
+
+    /// Names of the connections whose mounts are on their directories no more.
+    pub(super) fn gone(&self) -> Vec<String> {
+        let held = self.held();
+        let gone = held.connections.iter().filter(|(_, connection)| connection.gone);
+        gone.map(|(name, _)| name.clone()).collect()
     }
 
     /// Whether this process has the lease.
@@ -163,7 +184,7 @@ impl State {
         let notes = notes.map_err(|error| failed("keep notes about")(error.into()))?;
         let dir = mount::prepare(dir)?;
         let (mount, device, agreement) = Mount::new(&dir)?;
-        let connection = Connection { mount, device, agreement, notes };
+        let connection = Connection { mount, device, agreement, notes, gone: false };
         let handed = connection.hand(false);
         self.held().connections.insert(name.to_owned(), connection);
         tracing::info!(name, dir = %dir.display(), "mounted");
@@ -221,6 +242,10 @@ impl State {
             }
         }
         held.reap(now);
+        if now.saturating_duration_since(held.mounts_seen) >= MOUNTS_EVERY {
+            held.mounts_seen = now;
+            held.look_at_mounts();
+        }
         let patience = self.settings.patience;
         let is_late = held.lease.is_none() && now.saturating_duration_since(held.alone_since) > patience;
         if is_late && held.answering.is_none() && !held.connections.is_empty() {
@@ -266,6 +291,28 @@ impl State {
 impl Held {
     fn devices(&self) -> io::Result<Vec<File>> {
         self.connections.values().map(|connection| Ok(connection.device.try_clone()?.into())).collect()
+    }
+
+    /// Sees which mounts are on their directories no more, if anything was mounted or unmounted anywhere. Here and not in
+    /// the daemon, whose namespace may be another one.
+    fn look_at_mounts(&mut self) {
+        // Under the lock, so that all that is held was mounted before.
+        let mounts = match self.mounts.changed() {
+            Ok(Some(mounts)) => mounts,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(%error, "look for the mounts that are held");
+                return;
+            }
+        };
+        for (name, connection) in &mut self.connections {
+            let gone = !connection.mount.is_among(&mounts);
+            if gone && !connection.gone {
+                let dir = connection.mount.dir().display();
+                tracing::error!(name, %dir, "the mount is not on its directory any more; somebody has unmounted it");
+            }
+            connection.gone = gone;
+        }
     }
 
     /// Takes the lease back from a process that is gone.

@@ -67,6 +67,9 @@ fn daemon_process() {
     if place.join("broken").exists() {
         std::process::exit(1);
     }
+    if fs::remove_file(place.join("stuck")).is_ok() {
+        std::thread::park_timeout(PATIENCE);
+    }
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let done = runtime.block_on(daemon(&place));
@@ -369,6 +372,36 @@ fn a_daemon_that_hangs_is_killed() {
         rig.log().contains("does not answer any more, killed") && rig.status().is_some_and(|status| status.pid != pid)
     });
     readers.finish();
+}
+
+/// One that hangs before it has asked for the mounts beats for nobody, and is killed and replaced all the same.
+#[test]
+fn a_daemon_that_hangs_at_its_start_is_killed() {
+    let Some(rig) = Rig::new(1, 15, &[]) else { return };
+    fs::write(rig.at("stuck"), "").unwrap();
+    rig.kill();
+    assert!(rig.log().contains("the daemon that was started here does not come, killed"), "{}", rig.log());
+    assert!(!rig.at("stuck").exists());
+    assert_eq!(fs::read(rig.of("small").join("a")).unwrap(), b"small");
+}
+
+/// Somebody detaches the mount while it is in use: the next daemon mounts it anew. What is mounted over it is no loss.
+#[test]
+fn a_detached_mount_is_made_anew() {
+    let Some(rig) = Rig::new(30, 5, &[]) else { return };
+    let (mount, over, pid) = (rig.at("mnt"), rig.at("over"), rig.pid());
+    fs::create_dir(&over).unwrap();
+    rustix::mount::mount_bind(&over, &mount).unwrap();
+    let looked = Instant::now() + Duration::from_secs(4);
+    rig.wait_for("some beats", || Instant::now() > looked);
+    assert_eq!(rig.pid(), pid, "{}", rig.log());
+    rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::empty()).unwrap();
+    let held = File::open(rig.of("big")).unwrap();
+    rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+    rig.wait_for("another daemon", || rig.status().is_some_and(|status| status.pid != pid));
+    assert_eq!(fs::read(rig.of("small").join("a")).unwrap(), b"small");
+    assert!(rig.log().contains("a mount was taken away; it is made anew"), "{}", rig.log());
+    drop(held);
 }
 
 /// An upgrade: the new daemon asks for the mounts, the old one goes in order.
