@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use narlake_format::api::control::PinInfo;
 use narlake_format::id::ContentId;
-use narlake_format::lake::scrub::PatchList;
 use narlake_format::nix::store_path::StorePath;
 
 use crate::cache::{Cache, PinError};
@@ -108,10 +107,6 @@ fn info((name, files, bytes): (String, usize, u64)) -> PinInfo {
 /// What the cache calls the files of an object, and their sizes in bytes. An empty file has no content.
 fn files_of(object: &Object) -> Result<Vec<(ContentId, u64)>, FsError> {
     let entries = (0..u32::try_from(object.tree.len()).unwrap_or(u32::MAX)).filter_map(|entry| object.tree.file(entry));
-    let files = entries.filter(|file| file.size > 0).map(|file| {
-        let patches = PatchList::resolve(&file.patches.to_vec(), &object.table, file.size).map_err(FsError::Restore)?;
-        let content = if patches.is_empty() { file.id.into() } else { patches.content_id(&file.id) };
-        Ok((content, file.size))
-    });
-    files.collect()
+    let files = entries.filter(|file| file.size > 0);
+    files.map(|file| Ok((file.content(&object.table).map_err(FsError::Restore)?, file.size))).collect()
 }

@@ -22,6 +22,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::try_join_all;
@@ -44,6 +45,9 @@ const WHOLE_MAX: u64 = 128 * 1024;
 
 /// Chunks on either side of a fetch that are kept with it if they came in its frames: those of a frame, at most.
 const BESIDE_MAX: usize = 64;
+
+/// Longest time for their content to be had: it is in memory, and whoever reads does not wait for it to be read again.
+const BESIDE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Bytes of memory for files whose patches and name are kept at hand: those of 4,000 files with a few thousand patches.
 /// The string table of an object counts for each of its files, so this is more than they take.
@@ -262,7 +266,8 @@ impl<'a> Lease<'a> {
         let beside: Vec<usize> = (run.start - before..run.start).chain(run.end..run.end + after).collect();
         let claim = self.fill.share(&beside).mine;
         for run in runs(claim.chunks()) {
-            let Ok(content) = self.fetch(file, view, run.clone()).await else { return };
+            let fetched = tokio::time::timeout(BESIDE_TIMEOUT, self.fetch(file, view, run.clone())).await;
+            let Ok(Ok(content)) = fetched else { return };
             self.fill.keep(&self.reader.cache, run.clone(), span_of(file, &run).start, content).await;
         }
     }

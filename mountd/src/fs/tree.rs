@@ -36,8 +36,10 @@ mod layout;
 use std::fs::File;
 use std::io::{self, Read};
 
-use narlake_format::id::{ChunkId, FileId, ManifestId};
-use narlake_format::lake::scrub::Patch;
+use narlake_format::error::FormatError;
+use narlake_format::id::{ChunkId, ContentId, FileId, ManifestId};
+use narlake_format::lake::scrub::{Patch, PatchList};
+use narlake_format::lake::strings::StringTable;
 use narlake_storage::map::{MappedFile, column};
 
 pub use self::build::TreeBuilder;
@@ -75,6 +77,17 @@ pub struct TreeFile<'a> {
     pub chunk_ends: &'a [u64],
     /// What was scrubbed out of it.
     pub patches: Patches<'a>,
+}
+
+impl TreeFile<'_> {
+    /// Name of its restored bytes, given the string table of its object.
+    ///
+    /// # Errors
+    /// When its patches do not fit.
+    pub fn content(&self, table: &StringTable) -> Result<ContentId, FormatError> {
+        let patches = PatchList::resolve(&self.patches.to_vec(), table, self.size)?;
+        Ok(if patches.is_empty() { self.id.into() } else { patches.content_id(&self.id) })
+    }
 }
 
 /// A symlink of a tree.

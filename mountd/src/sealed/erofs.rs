@@ -201,8 +201,7 @@ impl<W: Write + Seek> ImageWriter<W> {
                     self.put(&inode.encode())?;
                     if body.size > 0 {
                         let file = tree.file(entry).ok_or_else(damaged)?;
-                        let patches = PatchList::resolve(&file.patches.to_vec(), table, file.size).map_err(restore)?;
-                        let content = if patches.is_empty() { file.id.into() } else { patches.content_id(&file.id) };
+                        let content = file.content(table).map_err(restore)?;
                         self.put(&xattrs(&content))?;
                         for _ in 0..chunks(body.size) {
                             self.put(&HOLE.to_le_bytes())?;
