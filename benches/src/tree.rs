@@ -309,16 +309,20 @@ impl Tree {
 
     /// The same pages of the largest file for every copy.
     fn random_pages(&self) -> Vec<u64> {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let pages = (self.largest.1 / 4096).max(1);
-        let next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state % pages
-        };
-        std::iter::repeat_with(next).take(RANDOM_READS).collect()
+        numbers().take(RANDOM_READS).map(|number| number % pages).collect()
     }
+}
+
+/// Numbers without order, the same each time (xorshift64, Marsaglia 2003).
+pub fn numbers() -> impl Iterator<Item = u64> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    })
 }
 
 /// Runs a program that says nothing of interest to its good end.

@@ -1,21 +1,27 @@
 //! `tree [--rounds N] [--program PATH] NAME=DIRECTORY..`: how long programs take over copies of one tree of files.
 //!
-//! Copies are measured in turn, round by round, so that what disturbs the machine disturbs all of them; a figure is the
-//! median of the rounds, with the least and the greatest beside it. The first copy is the yardstick; if one is called
+//! Copies are measured round by round, each round in an order of its own, so that what disturbs the machine, be it every
+//! so many seconds or bytes, disturbs all of them; a figure is the median of the rounds, with the least and the greatest
+//! beside it. The first copy is the yardstick; if one is called
 //! `overlay`, ratios to it are printed too, and judged by the goals for copies called `sealed` and `live`.
-//! *Warm* is after a round that does not count, which begins without anything in the kernel's caches. *Cold* is with the kernel's caches dropped before each operation, which
-//! needs root: what a file system keeps on disk is there still.
+//! *Warm* is with everything in the kernel's caches, *cold* with those dropped before each operation, which needs root: what
+//! a file system keeps on disk is there still. Both begin with a round that does not count. Before each cold operation the
+//! first copy's is done, for who reads into memory that another has left in small pieces takes longer; and cold rounds
+//! are more, since a virtual disk takes twice as long for every eighth gigabyte or so.
 #![allow(clippy::print_stdout, reason = "the result of a benchmark is its output")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use narlake_bench::tree::{Compiler, Operation, Tree};
+use narlake_bench::tree::{Compiler, Operation, Tree, numbers};
 use serde_json::json;
 
 /// Rounds that count, if nothing else is said.
 const ROUNDS: usize = 7;
+
+/// Cold rounds for each warm one.
+const COLD_ROUNDS: usize = 3;
 
 /// Operations that are measured cold: those that read.
 const COLD: [Operation; 3] = [Operation::Small, Operation::Random, Operation::Sequential];
@@ -81,21 +87,26 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
 
 fn measure(tree: &Tree, copies: &[(String, PathBuf)], rounds: usize) -> Result<Seconds, String> {
     let mut seconds = Seconds::new();
+    let Some((_, first)) = copies.first() else { return Ok(seconds) };
+    let mut order = numbers();
     for cold in [false, true] {
         let operations = if cold { COLD.to_vec() } else { tree.operations() };
         // Pages of a file that was written lie in memory in another way than those of one that was read.
         drop_caches()?;
-        // A round before the first warms up.
+        let rounds = if cold { COLD_ROUNDS * rounds } else { rounds };
+        // The one before the first warms up, be it a cache below this machine.
         for round in 0..=rounds {
             for operation in &operations {
-                for number in 0..copies.len() {
-                    // Nobody is always the first.
-                    let Some((name, root)) = copies.get((number + round) % copies.len()) else { continue };
+                let mut turns: Vec<_> = order.by_ref().zip(copies).collect();
+                turns.sort_unstable_by_key(|(number, _)| *number);
+                for (_, (name, root)) in turns {
                     if cold {
+                        drop_caches()?;
+                        time(tree, *operation, first)?;
                         drop_caches()?;
                     }
                     let took = time(tree, *operation, root)?;
-                    if round > 0 || cold {
+                    if round > 0 {
                         seconds.entry((name.clone(), cold, *operation)).or_default().push(took);
                     }
                 }
