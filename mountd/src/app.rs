@@ -35,6 +35,7 @@ use crate::notify::notify;
 use crate::overlay::{Overlays, Own};
 use crate::pinning::Pinning;
 use crate::privilege;
+use crate::pusher::{Pusher, PusherSettings};
 use crate::remote::{Remote, RemoteSettings};
 use crate::sealed::{Parts as SealedParts, Sealed};
 use crate::shutdown::StopSignals;
@@ -269,7 +270,16 @@ impl Daemon {
             lower: mount.clone(),
             store_dir: keys.store_dir().to_string(),
             nix_socket: config.nix_socket.clone(),
-            needed: vec![config.cache_dir.clone(), config.nix_socket.clone(), config.control.clone()],
+            needed: [
+                Some(&config.cache_dir),
+                Some(&config.nix_socket),
+                Some(&config.control),
+                config.push_spool.as_ref(),
+            ]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect(),
             files: own_files(config)?,
         };
         let (cache, nodes, metadata, trees) = blocking({
@@ -373,6 +383,10 @@ impl Daemon {
             })
         });
         tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
+        let pusher = push_settings(config)?.map(|settings| Pusher::new(settings, metrics));
+        if let Some(pusher) = &pusher {
+            tasks.spawn(Arc::clone(pusher).run(stop.clone()));
+        }
         let identity = Identity {
             mount: serving.dir().to_owned(),
             server: config.server.to_string(),
@@ -385,6 +399,7 @@ impl Daemon {
             overlays: Arc::clone(&overlays),
             views: Arc::clone(&views),
             sealed: Arc::clone(&sealed),
+            pusher: pusher.clone(),
             pinning: Pinning { store: store.clone(), view: view.clone(), cache: Arc::clone(&cache) },
             cache: Arc::clone(&cache),
             nodes,
@@ -476,7 +491,19 @@ fn raise_descriptors() {
 fn own_files(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = vec![std::env::current_exe().context("find this executable")?];
     files.extend(config.file.clone());
+    files.extend(push_settings(config)?.map(|push| push.program));
     Ok(files)
+}
+
+/// What pushes for builds, if anything does.
+fn push_settings(config: &Config) -> anyhow::Result<Option<PusherSettings>> {
+    let Some(spool) = config.push_spool.clone() else { return Ok(None) };
+    let program = match &config.push_program {
+        Some(program) => program.clone(),
+        None => std::env::current_exe().context("find this executable")?.with_file_name("narlake"),
+    };
+    let (server, token_file) = (config.server.to_string(), config.token_file.clone());
+    Ok(Some(PusherSettings { program, spool, server, token_file }))
 }
 
 fn at(operation: &str, path: &std::path::Path) -> String {

@@ -62,6 +62,12 @@ pub struct Settings {
     /// Socket to answer the narlake command on
     #[arg(long, env = "NARLAKE_MOUNTD_CONTROL", value_name = "PATH", help_heading = "Places")]
     pub control: Option<PathBuf>,
+    /// Directory of the spool whose builds are pushed; without it nothing is pushed
+    #[arg(long, env = "NARLAKE_MOUNTD_PUSH_SPOOL", value_name = "DIR", help_heading = "Places")]
+    pub push_spool: Option<PathBuf>,
+    /// The narlake program, which pushes [default: the one beside this program]
+    #[arg(long, env = "NARLAKE_MOUNTD_PUSH_PROGRAM", value_name = "FILE", help_heading = "Places")]
+    pub push_program: Option<PathBuf>,
     /// Most bytes of the cache on disk [default: 20 GiB]
     #[arg(long, env = "NARLAKE_MOUNTD_CACHE_BYTES", value_name = "N", help_heading = "Limits")]
     pub cache_bytes: Option<u64>,
@@ -122,6 +128,10 @@ pub struct Config {
     pub nix_socket: PathBuf,
     /// The control socket.
     pub control: PathBuf,
+    /// The spool of builds to push.
+    pub push_spool: Option<PathBuf>,
+    /// The program that pushes, if not the one beside this one.
+    pub push_program: Option<PathBuf>,
     /// Most bytes of the cache.
     pub cache_bytes: u64,
     /// Bytes of the cache's file system to leave free.
@@ -213,6 +223,8 @@ impl Settings {
             cache_dir: self.cache_dir.or(under.cache_dir),
             nix_socket: self.nix_socket.or(under.nix_socket),
             control: self.control.or(under.control),
+            push_spool: self.push_spool.or(under.push_spool),
+            push_program: self.push_program.or(under.push_program),
             cache_bytes: self.cache_bytes.or(under.cache_bytes),
             cache_free_bytes: self.cache_free_bytes.or(under.cache_free_bytes),
             cache_scrub_bytes_per_s: self.cache_scrub_bytes_per_s.or(under.cache_scrub_bytes_per_s),
@@ -277,6 +289,8 @@ impl Settings {
             cache_dir: absolute(self.cache_dir, "--cache-dir")?,
             nix_socket: absolute(self.nix_socket, "--nix-socket")?,
             control: absolute(self.control, "--control")?,
+            push_spool: self.push_spool.map(|path| absolute(Some(path), "--push-spool")).transpose()?,
+            push_program: self.push_program.map(|path| absolute(Some(path), "--push-program")).transpose()?,
             cache_bytes: self.cache_bytes.unwrap_or(20 << 30),
             cache_free_bytes: self.cache_free_bytes.unwrap_or(1 << 30),
             cache_scrub_bytes_per_s: self.cache_scrub_bytes_per_s.unwrap_or(8 << 20),

@@ -26,6 +26,7 @@ use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::overlay::{Handed, Overlays};
 use crate::pinning::{Pinning, PinningError};
+use crate::pusher::Pusher;
 use crate::sealed::{Sealed, SealedError};
 use crate::view::{View, ViewError};
 use crate::views::{Views, ViewsError};
@@ -65,6 +66,8 @@ pub struct Control {
     pub views: Arc<Views>,
     /// Sealed views.
     pub sealed: Arc<Sealed>,
+    /// What pushes for builds.
+    pub pusher: Option<Arc<Pusher>>,
     /// The cache.
     pub cache: Arc<Cache>,
     /// What stays in it.
@@ -286,6 +289,7 @@ impl Control {
             fetch_bytes: fetched.bytes,
             fuse_requests: self.metrics.fuse_request_counts(),
             overlays: self.all_overlays(),
+            push: self.pusher.as_ref().map(|pusher| pusher.status()),
         }
     }
 }

@@ -45,6 +45,7 @@ pub mod notify;
 pub mod overlay;
 pub mod pinning;
 pub mod privilege;
+pub mod pusher;
 pub mod reader;
 pub mod remote;
 pub mod sealed;

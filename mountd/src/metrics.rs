@@ -108,6 +108,20 @@ pub struct Metrics {
     pub nix_errors: IntCounter,
     /// Time from an `ensure` to its answer.
     pub ensure_seconds: Histogram,
+    /// Store paths uploaded for builds.
+    pub push_paths: IntCounter,
+    /// Bytes of NAR uploaded for them.
+    pub push_bytes: IntCounter,
+    /// Tries of that which failed.
+    pub push_errors: IntCounter,
+    /// Builds that were not queued.
+    pub push_dropped: IntCounter,
+    /// Builds that wait.
+    pub push_queue_entries: IntGauge,
+    /// How long the oldest has waited, in seconds.
+    pub push_oldest_seconds: IntGauge,
+    /// Builds that were given up.
+    pub push_failed_entries: IntGauge,
     /// 1 while the server answers, 0 after it did not.
     pub server_up: Gauge,
 }
@@ -297,6 +311,29 @@ impl Metrics {
                 &registry,
                 "narlake_mountd_ensure_duration_seconds",
                 "Time from an ensure to its answer",
+            ),
+            push_paths: counter(&registry, "narlake_mountd_push_paths_total", "Store paths uploaded for builds"),
+            push_bytes: counter(&registry, "narlake_mountd_push_bytes_total", "Bytes of NAR uploaded for builds"),
+            push_errors: counter(
+                &registry,
+                "narlake_mountd_push_errors_total",
+                "Tries of uploads for builds that failed",
+            ),
+            push_dropped: counter(
+                &registry,
+                "narlake_mountd_push_dropped_total",
+                "Builds not pushed because the spool was full",
+            ),
+            push_queue_entries: gauge(&registry, "narlake_mountd_push_queue_entries", "Builds that wait to be pushed"),
+            push_oldest_seconds: gauge(
+                &registry,
+                "narlake_mountd_push_oldest_seconds",
+                "How long the oldest of them has waited",
+            ),
+            push_failed_entries: gauge(
+                &registry,
+                "narlake_mountd_push_failed_entries",
+                "Builds whose push was given up, as far as they are kept",
             ),
             server_up: register(
                 &registry,

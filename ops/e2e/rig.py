@@ -434,6 +434,7 @@ class Mountd:
         self.settings = settings
         self.mountpoint = rig.path(f"{directory.name}/lower")
         self.cache = settings.pop("cache_dir", directory / "cache")
+        self.metrics_address = settings.pop("metrics_listen", self.METRICS)
         self.nix_socket = directory / "nix.socket"
         self.control_socket = directory / "control.socket"
         self.daemon = None
@@ -443,7 +444,7 @@ class Mountd:
         settings = [word for key, value in self.settings.items() for word in (f"--{key.replace('_', '-')}", value)]
         command = [*self.prefix, self.rig.program("narlake-mountd"), "run", "--server", self.server.url,
                    "--mount", self.mountpoint, "--cache-dir", self.cache, "--nix-socket", self.nix_socket, "--control", self.control_socket,
-                   "--metrics-listen", self.METRICS, *keys, *settings]
+                   "--metrics-listen", self.metrics_address, *keys, *settings]
         if self.supervised:
             socket_path = self.directory / "mounts.socket"
             command = [self.rig.program("narlake-mounts"), "--socket", socket_path, "--", *command, "--supervisor", socket_path]
@@ -484,14 +485,15 @@ class Mountd:
 
     def overlay_nix(self, suite):
         """Nix whose /nix/store is an overlay over the view, with nothing in its database."""
-        overlay = self.overlay(f"overlay-{suite}")
-        nix = self.rig.nix(suite, name=f"overlay-nix-{suite}", empty=True).bind(overlay.merged, "/nix/store")
+        name = f"{self.directory.name}-{suite}"
+        overlay = self.overlay(f"{name}-overlay")
+        nix = self.rig.nix(suite, name=f"{name}-nix", empty=True).bind(overlay.merged, "/nix/store")
         # Inside it is the store directory itself, and no longer below some root.
         return nix.configure(f"store = {re.sub('root=[^&]*&', '', overlay.store)}"), overlay
 
     def metric(self, name):
         """The sum of a metric over its labels."""
-        text = request(f"http://{self.METRICS}", "GET", "/metrics").body.decode()
+        text = request(f"http://{self.metrics_address}", "GET", "/metrics").body.decode()
         values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         check(values, f"there is no metric {name}")
         return sum(map(float, values))

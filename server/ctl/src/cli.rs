@@ -19,6 +19,12 @@ use crate::place::Place;
 /// Where mountd listens for commands, unless told otherwise.
 pub const CONTROL_DEFAULT: &str = "/run/narlake/control.sock";
 
+/// Where a worker's pushes wait, if nothing else is said.
+const SPOOL_DEFAULT: &str = "/var/lib/narlake/spool";
+
+/// Where the links of queued paths are, if nothing else is said.
+const GCROOTS_DEFAULT: &str = "/nix/var/nix/gcroots/narlake-push";
+
 /// Where a server on this host listens that nobody configured.
 pub const SERVER_DEFAULT: &str = "http://127.0.0.1:8080/";
 
@@ -55,6 +61,14 @@ pub enum Command {
     /// no Nix, is added by its content under the store path that `nix-store --add` gives it. The store path of each
     /// PATH is printed.
     Push(PushOptions),
+    /// Queue the outputs of a build to be pushed; for Nix's post-build-hook
+    ///
+    /// Takes OUT_PATHS and DRV_PATH from the environment, and never fails.
+    PostBuildHook(HookOptions),
+    /// Push what is queued
+    ///
+    /// Says what it does in JSON, a document a line.
+    Pusher(PusherOptions),
     /// List files of a store path in the lake
     Ls(LsOptions),
     /// Print a file of a store path in the lake
@@ -120,6 +134,46 @@ pub struct PushOptions {
     /// Add every PATH by its content, even a store path
     #[arg(long)]
     pub by_content: bool,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerOptions,
+}
+
+/// Options of `post-build-hook`.
+#[derive(Debug, Args)]
+pub struct HookOptions {
+    /// Directory of the spool; made if it is not there
+    #[arg(long, value_name = "DIR", env = "NARLAKE_SPOOL", default_value = SPOOL_DEFAULT)]
+    pub spool: PathBuf,
+    /// Directory, below Nix's gcroots, for links that keep queued paths from its garbage collector
+    #[arg(long, value_name = "DIR", env = "NARLAKE_GCROOTS", default_value = GCROOTS_DEFAULT)]
+    pub gcroots: PathBuf,
+    /// Store that the paths are in, as Nix's --store; by default the one of nix.conf
+    #[arg(long, value_name = "URI")]
+    pub store: Option<String>,
+    /// Directory of that store's files, if it is not the store directory
+    #[arg(long, value_name = "DIR")]
+    pub real: Option<PathBuf>,
+    /// Drop the push when so many are queued already
+    #[arg(long, value_name = "N", default_value = "10000")]
+    pub entries_max: usize,
+}
+
+/// Options of `pusher`.
+#[derive(Debug, Args)]
+pub struct PusherOptions {
+    /// Directory of the spool; made if it is not there
+    #[arg(long, value_name = "DIR", env = "NARLAKE_SPOOL", default_value = SPOOL_DEFAULT)]
+    pub spool: PathBuf,
+    /// Directory of the links that keep queued paths from Nix's garbage collector
+    #[arg(long, value_name = "DIR", env = "NARLAKE_GCROOTS", default_value = GCROOTS_DEFAULT)]
+    pub gcroots: PathBuf,
+    /// End when the queue is empty, or the server cannot be reached
+    #[arg(long)]
+    pub once: bool,
+    /// End when standard input does
+    #[arg(long)]
+    pub while_stdin: bool,
     /// The server.
     #[command(flatten)]
     pub server: ServerOptions,

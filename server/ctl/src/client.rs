@@ -250,6 +250,23 @@ impl Client {
         NarInfo::parse(dir, &answer).map_err(|source| ClientError::NarInfo { url: shown(&url), source })
     }
 
+    /// Puts a small document that the cache keeps as it comes: a build log or a realisation, by its place in the cache.
+    ///
+    /// Cancel safe: doing it again is harmless.
+    ///
+    /// # Errors
+    /// When the server does not take it.
+    pub async fn put_document(&self, place: &str, media_type: &'static str, text: Bytes) -> Result<(), ClientError> {
+        let url = self.join(place)?;
+        self.retrying(async || {
+            let request = self.request(Method::PUT, &url).header(CONTENT_TYPE, media_type).body(text.clone());
+            let response = self.within(UPLOAD_IDLE, &url, request.send()).await?;
+            let response = response.map_err(|source| ClientError::from_http(&url, source))?;
+            self.accepted(response).await.map(drop)
+        })
+        .await
+    }
+
     /// Repeats an attempt that failed for a reason that passes.
     async fn retrying<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, ClientError>) -> Result<T, ClientError> {
         for pause in PAUSES {

@@ -7,8 +7,9 @@
 //! | [`client`] | the server over HTTP: lake API and Nix binary cache |
 //! | [`control`] | the worker's mountd over its control socket |
 //! | [`dump`] | a file tree on disk as a NAR |
+//! | [`spool`] | pushes that wait on disk |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
-//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`completions`] | one command each |
+//! | [`push`], [`hook`], [`pusher`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -23,6 +24,7 @@ pub mod control;
 pub mod dump;
 pub mod ensure;
 pub mod evict;
+pub mod hook;
 pub mod inspect;
 pub mod ls;
 pub mod object;
@@ -31,6 +33,8 @@ pub mod overlay;
 pub mod pin;
 pub mod place;
 pub mod push;
+pub mod pusher;
+pub mod spool;
 pub mod status;
 pub mod tree;
 pub mod view;

@@ -8,7 +8,7 @@ use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
 use narlake_cli::{
-    UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, pin, push, status, view,
+    UsageError, Verdict, cat, completions, ensure, evict, hook, inspect, ls, overlay, pin, push, pusher, status, view,
 };
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
@@ -36,6 +36,8 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
     let verdict = runtime.block_on(async {
         match command {
             Command::Push(options) => push::run(&options, output).await,
+            Command::PostBuildHook(options) => Ok(hook::run(&options)),
+            Command::Pusher(options) => pusher::run(&options, output).await,
             Command::Ls(options) => ls::run(&options, output).await,
             Command::Cat(options) => cat::run(&options).await,
             Command::Inspect(options) => inspect::run(&options, output),

@@ -12,7 +12,7 @@ mod upload;
 
 use std::collections::HashSet;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use narlake_format::nix::narinfo::NarInfo;
@@ -20,7 +20,7 @@ use narlake_format::nix::store_path::{StoreDir, StorePath};
 use serde::Serialize;
 
 use self::argument::Target;
-use self::nix::LocalNix;
+pub(crate) use self::nix::LocalNix;
 pub use self::nix::parse_path_info;
 pub use self::source::{name_of, source_info};
 use crate::UsageError;
@@ -125,7 +125,7 @@ enum Kind {
 
 /// One path that was uploaded.
 #[derive(Debug, Serialize)]
-struct Uploaded {
+pub(crate) struct Uploaded {
     path: String,
     nar_hash: String,
     nar_size: u64,
@@ -159,7 +159,7 @@ pub async fn run(options: &PushOptions, output: &Output) -> anyhow::Result<Verdi
     }
     let client = Client::new(&options.server.server, &options.server.access)?;
     let dir = client.info().await?.store_dir;
-    let nix = LocalNix::find().await?;
+    let nix = LocalNix::find(None).await?;
     let mut arguments = Vec::new();
     for path in &options.paths {
         arguments.push((path, target(&dir, path, options, nix.as_ref(), output)?));
@@ -186,46 +186,93 @@ pub async fn run(options: &PushOptions, output: &Output) -> anyhow::Result<Verdi
         roots.push(Root { argument: argument.to_string_lossy().into_owned(), path, kind });
     }
     counter.finish();
-    let closure = match &nix {
-        Some(nix) if !stored.is_empty() => nix.closure(&dir, &stored).await?,
-        _ => Vec::new(),
-    };
-
-    let mut all: Vec<StorePath> =
-        closure.iter().chain(sources.iter().map(|object| &object.info.store_path)).cloned().collect();
-    all.sort_unstable();
-    all.dedup();
-    let missing = client.missing(&all).await?;
-    let present = all.len() - missing.len();
-    let lacking: HashSet<&StorePath> = missing.iter().collect();
-    let mut objects: Vec<Object> = Vec::new();
-    for source in sources {
-        // Two arguments may be equal.
-        let is_new = objects.iter().all(|object| object.info.store_path != source.info.store_path);
-        if is_new && lacking.contains(&source.info.store_path) {
-            objects.push(source);
-        }
-    }
-    let from_nix: Vec<StorePath> = closure.into_iter().filter(|path| lacking.contains(path)).collect();
-    if let Some(nix) = &nix {
-        for info in nix.path_info(&dir, &from_nix).await? {
-            objects.push(Object { file: info.store_path.display_in(&dir).to_string().into(), info });
-        }
-    }
-    let (uploaded, bytes_sent) = upload::all(&client, &dir, objects, output).await?;
-    for path in uploaded.iter().filter(|path| path.differs) {
+    let sent =
+        Batch { client: &client, dir: &dir, real: None, nix: nix.as_ref(), output }.send(&stored, sources).await?;
+    for path in sent.uploaded.iter().filter(|path| path.differs) {
         output.note(format_args!("{} is in the lake with other content, which stays", path.path));
     }
-    output.note(format_args!("{} of {} paths pushed, {} sent", uploaded.len(), all.len(), size(bytes_sent)));
+    let Sent { uploaded, present, bytes } = sent;
+    output.note(format_args!("{} of {} paths pushed, {} sent", uploaded.len(), uploaded.len() + present, size(bytes)));
     let server = client.url();
-    output.report(&Pushed { server, roots, uploaded, present, bytes_sent })?;
+    output.report(&Pushed { server, roots, uploaded, present, bytes_sent: bytes })?;
     Ok(Verdict::Good)
+}
+
+/// What is pushed together: one question, and then only what the lake lacks.
+pub(crate) struct Batch<'a> {
+    /// The server.
+    pub(crate) client: &'a Client,
+    /// Its store directory.
+    pub(crate) dir: &'a StoreDir,
+    /// Where the files of store paths are, if not there.
+    pub(crate) real: Option<&'a Path>,
+    /// Who knows the closures of store paths.
+    pub(crate) nix: Option<&'a LocalNix>,
+    /// Where progress is shown.
+    pub(crate) output: &'a Output,
+}
+
+/// What became of a batch.
+pub(crate) struct Sent {
+    /// Paths that the lake lacked.
+    pub(crate) uploaded: Vec<Uploaded>,
+    /// How many it had.
+    pub(crate) present: usize,
+    /// Bytes of NAR that went over the wire.
+    pub(crate) bytes: u64,
+}
+
+impl Batch<'_> {
+    /// Pushes store paths with their closures, and objects that are known already.
+    ///
+    /// Not cancel safe: some may be there afterwards, each with all that it refers to.
+    async fn send(&self, stored: &[StorePath], sources: Vec<Object>) -> anyhow::Result<Sent> {
+        let closure = match self.nix {
+            Some(nix) if !stored.is_empty() => nix.closure(self.dir, stored).await?,
+            _ => Vec::new(),
+        };
+        let mut all: Vec<StorePath> =
+            closure.iter().chain(sources.iter().map(|object| &object.info.store_path)).cloned().collect();
+        all.sort_unstable();
+        all.dedup();
+        let missing = self.client.missing(&all).await?;
+        let present = all.len() - missing.len();
+        let lacking: HashSet<&StorePath> = missing.iter().collect();
+        let mut objects: Vec<Object> = Vec::new();
+        for source in sources {
+            // Two arguments may be equal.
+            let is_new = objects.iter().all(|object| object.info.store_path != source.info.store_path);
+            if is_new && lacking.contains(&source.info.store_path) {
+                objects.push(source);
+            }
+        }
+        let from_nix: Vec<StorePath> = closure.into_iter().filter(|path| lacking.contains(path)).collect();
+        if let Some(nix) = self.nix {
+            for info in nix.path_info(self.dir, &from_nix).await? {
+                objects.push(Object { file: self.file(&info.store_path), info });
+            }
+        }
+        let (uploaded, bytes) = upload::all(self.client, self.dir, objects, self.output).await?;
+        Ok(Sent { uploaded, present, bytes })
+    }
+
+    /// Pushes store paths with their closures.
+    ///
+    /// # Errors
+    /// When Nix does not know them, they cannot be read, or the server does not take them.
+    pub(crate) async fn closures(&self, paths: &[StorePath]) -> anyhow::Result<Sent> {
+        self.send(paths, Vec::new()).await
+    }
+
+    fn file(&self, path: &StorePath) -> PathBuf {
+        self.real.map_or_else(|| path.display_in(self.dir).to_string().into(), |real| real.join(path.to_string()))
+    }
 }
 
 /// What an argument is to be pushed as.
 fn target(
     dir: &StoreDir,
-    path: &std::path::Path,
+    path: &Path,
     options: &PushOptions,
     nix: Option<&LocalNix>,
     output: &Output,

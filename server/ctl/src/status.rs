@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use narlake_format::api::Info;
 use narlake_format::api::control::{ControlRequest, ControlResponse, MountStatus};
+use narlake_format::api::spool::PushStatus;
 use serde::Serialize;
 
 use crate::Verdict;
@@ -155,6 +156,13 @@ fn print_worker(status: &MountStatus, out: &mut dyn Write) -> io::Result<()> {
         ("overlays", status.overlays.len().to_string()),
     ];
     columns(&rows, out)?;
+    if let Some(push) = &status.push {
+        let waits =
+            push.waiting.as_ref().map_or(String::new(), |why| format!("; WAITS: {}", printable(why.as_bytes())));
+        let PushStatus { queued, oldest_s, failed, dropped, .. } = push;
+        let text = format!("{queued} queued, the oldest for {oldest_s} s, {failed} given up, {dropped} dropped{waits}");
+        columns(&[("pushes", text)], out)?;
+    }
     for overlay in &status.overlays {
         writeln!(out)?;
         overlay::print(overlay, out)?;

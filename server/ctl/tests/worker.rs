@@ -44,6 +44,7 @@ fn status(server_up: bool) -> MountStatus {
         fetch_bytes: 10 << 20,
         fuse_requests: vec![("lookup".into(), 11)],
         overlays: vec![overlay("/merged")],
+        push: None,
     }
 }
 

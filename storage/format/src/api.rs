@@ -15,6 +15,7 @@
 //! | `GET /packs/<domain>/<ulid>/url` | | [`PackUrl`] |
 
 pub mod control;
+pub mod spool;
 
 use std::collections::HashMap;
 

@@ -40,25 +40,68 @@ const ARGUMENTS: usize = 1000;
 const MESSAGE_MAX: usize = 2000;
 
 /// A Nix that is there.
-pub(super) struct LocalNix {
+pub(crate) struct LocalNix {
     /// Whether there is `nix`, and not only `nix-store`.
     has_nix: bool,
+    /// The store to ask, as Nix's `--store`; its own default without.
+    store: Option<String>,
 }
 
 impl LocalNix {
-    /// Finds Nix on the search path.
-    pub(super) async fn find() -> Result<Option<Self>, PushError> {
+    /// Finds Nix on the search path, to ask this store, or its default one.
+    pub(crate) async fn find(store: Option<String>) -> Result<Option<Self>, PushError> {
         if !is_there("nix-store").await? {
             return Ok(None);
         }
-        Ok(Some(Self { has_nix: is_there("nix").await? }))
+        Ok(Some(Self { has_nix: is_there("nix").await?, store }))
+    }
+
+    /// The log of a derivation's build. It may be long: at most `max` bytes of it.
+    pub(crate) async fn log(&self, dir: &StoreDir, drv: &StorePath, max: usize) -> Result<Vec<u8>, PushError> {
+        let mut log = self.run("nix-store", &["--read-log", "--"], dir, std::slice::from_ref(drv)).await?;
+        log.truncate(max);
+        Ok(log)
+    }
+
+    /// What is known of the outputs of a content-addressed derivation, as documents of a cache.
+    pub(crate) async fn realisations(&self, dir: &StoreDir, drv: &StorePath) -> Result<Vec<String>, PushError> {
+        const COMMAND: [&str; 5] =
+            ["--extra-experimental-features", "nix-command ca-derivations", "realisation", "info", "--json"];
+        if !self.has_nix {
+            return Ok(Vec::new());
+        }
+        let outputs = format!("{}^*", drv.display_in(dir));
+        let text = execute("nix", &self.arguments(&COMMAND, &[outputs])).await?;
+        let found: Vec<serde_json::Value> =
+            serde_json::from_slice(&text).map_err(|source| unreadable("nix realisation info", source))?;
+        // Outputs of other derivations have no such id.
+        Ok(found.iter().filter(|document| document.get("id").is_some()).map(ToString::to_string).collect())
+    }
+
+    /// A command line that asks the right store.
+    fn arguments(&self, command: &[&str], rest: &[String]) -> Vec<String> {
+        let (options, end) = command.split_at(command.len() - usize::from(command.last() == Some(&"--")));
+        let store = self.store.iter().flat_map(|store| ["--store".to_owned(), store.clone()]);
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<String>>();
+        words(options).into_iter().chain(store).chain(words(end)).chain(rest.iter().cloned()).collect()
+    }
+
+    async fn run(
+        &self,
+        program: &str,
+        command: &[&str],
+        dir: &StoreDir,
+        paths: &[StorePath],
+    ) -> Result<Vec<u8>, PushError> {
+        let paths: Vec<String> = paths.iter().map(|path| path.display_in(dir).to_string()).collect();
+        execute(program, &self.arguments(command, &paths)).await
     }
 
     /// The closures of these paths together.
-    pub(super) async fn closure(&self, dir: &StoreDir, roots: &[StorePath]) -> Result<Vec<StorePath>, PushError> {
+    pub(crate) async fn closure(&self, dir: &StoreDir, roots: &[StorePath]) -> Result<Vec<StorePath>, PushError> {
         let mut closure = Vec::new();
         for roots in roots.chunks(ARGUMENTS) {
-            let text = run("nix-store", &["--query", "--requisites", "--"], dir, roots).await?;
+            let text = self.run("nix-store", &["--query", "--requisites", "--"], dir, roots).await?;
             for line in String::from_utf8_lossy(&text).lines() {
                 let path = StorePath::parse_absolute(dir, line).map_err(|source| unreadable("nix-store", source))?;
                 closure.push(path);
@@ -70,14 +113,14 @@ impl LocalNix {
     }
 
     /// What is known of each of these paths.
-    pub(super) async fn path_info(&self, dir: &StoreDir, paths: &[StorePath]) -> Result<Vec<NarInfo>, PushError> {
+    pub(crate) async fn path_info(&self, dir: &StoreDir, paths: &[StorePath]) -> Result<Vec<NarInfo>, PushError> {
         let mut known = BTreeMap::new();
         for paths in paths.chunks(ARGUMENTS) {
             let infos = if self.has_nix {
-                let text = path_info_json(dir, paths).await?;
+                let text = self.path_info_json(dir, paths).await?;
                 parse_path_info(dir, &text).map_err(|source| unreadable("nix path-info", source))?
             } else {
-                let text = run("nix-store", &["--dump-db", "--"], dir, paths).await?;
+                let text = self.run("nix-store", &["--dump-db", "--"], dir, paths).await?;
                 parse_database(dir, &text).map_err(|source| unreadable("nix-store --dump-db", source))?
             };
             known.extend(infos.into_iter().map(|info| (info.store_path.clone(), info)));
@@ -85,16 +128,16 @@ impl LocalNix {
         let mut take = |path: &StorePath| known.remove(path).ok_or_else(|| PushError::Unknown { path: path.clone() });
         paths.iter().map(&mut take).collect()
     }
-}
 
-async fn path_info_json(dir: &StoreDir, paths: &[StorePath]) -> Result<Vec<u8>, PushError> {
-    const COMMAND: [&str; 4] = ["--extra-experimental-features", "nix-command", "path-info", "--json"];
-    // Newer versions want to be told which shape, older ones do not know the flag.
-    match run("nix", &[&COMMAND[..], &["--json-format", "1", "--"]].concat(), dir, paths).await {
-        Err(PushError::Failed { message, .. }) if message.contains("--json-format") => {
-            run("nix", &[&COMMAND[..], &["--"]].concat(), dir, paths).await
+    async fn path_info_json(&self, dir: &StoreDir, paths: &[StorePath]) -> Result<Vec<u8>, PushError> {
+        const COMMAND: [&str; 4] = ["--extra-experimental-features", "nix-command", "path-info", "--json"];
+        // Newer versions want to be told which shape, older ones do not know the flag.
+        match self.run("nix", &[&COMMAND[..], &["--json-format", "1", "--"]].concat(), dir, paths).await {
+            Err(PushError::Failed { message, .. }) if message.contains("--json-format") => {
+                self.run("nix", &[&COMMAND[..], &["--"]].concat(), dir, paths).await
+            }
+            outcome => outcome,
         }
-        outcome => outcome,
     }
 }
 
@@ -104,12 +147,6 @@ async fn is_there(program: &str) -> Result<bool, PushError> {
         Err(PushError::Run { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-async fn run(program: &str, command: &[&str], dir: &StoreDir, paths: &[StorePath]) -> Result<Vec<u8>, PushError> {
-    let paths: Vec<String> = paths.iter().map(|path| path.display_in(dir).to_string()).collect();
-    let arguments: Vec<&str> = command.iter().copied().chain(paths.iter().map(String::as_str)).collect();
-    execute(program, &arguments).await
 }
 
 async fn execute(program: &str, arguments: &[impl AsRef<OsStr>]) -> Result<Vec<u8>, PushError> {

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::spool::PushStatus;
+
 /// Longest line, in bytes: an `ensure` of a closure's worth of paths fits.
 pub const LINE_MAX: usize = 32 << 20;
 
@@ -279,6 +281,9 @@ pub struct MountStatus {
     pub fuse_requests: Vec<(String, u64)>,
     /// Overlays over the mount.
     pub overlays: Vec<OverlayInfo>,
+    /// What builds have left to push; absent where this daemon does not push.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub push: Option<PushStatus>,
 }
 
 #[cfg(test)]
