@@ -76,7 +76,6 @@ impl Pusher {
             }
         };
         tokio::select! {
-            () = stop.cancelled() => {}
             () = looking => {}
             () = self.keep_running(&stop) => {}
         }
@@ -93,11 +92,10 @@ impl Pusher {
                     tracing::error!(%program, %error, "start the pusher; nothing is pushed");
                 }
             }
-            if stop.is_cancelled() {
+            pause = if began.elapsed() > PAUSES.1 { PAUSES.0 } else { (pause * 2).min(PAUSES.1) };
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return;
             }
-            pause = if began.elapsed() > PAUSES.1 { PAUSES.0 } else { (pause * 2).min(PAUSES.1) };
-            tokio::time::sleep(pause).await;
         }
     }
 
