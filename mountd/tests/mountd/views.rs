@@ -12,7 +12,7 @@ use crate::kit::{Mood, World, dir, file, outside};
 
 fn spec(world: &World, name: &str, roots: &[&StorePath]) -> ViewSpec {
     let roots = roots.iter().map(ToString::to_string).collect();
-    ViewSpec { name: name.into(), mount: world.dir.path().join(format!("view-{name}")), roots, token_file: None }
+    ViewSpec { name: name.into(), mount: world.dir.path().join(format!("view-{name}")), roots, token_file: None, nix_socket: None }
 }
 
 async fn create(client: &mut Client, spec: &ViewSpec) -> ViewInfo {

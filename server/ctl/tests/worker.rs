@@ -83,7 +83,7 @@ fn overlays() {
 
 #[test]
 fn views() {
-    let spec = ViewSpec { name: "job-1".into(), mount: "/v".into(), roots: vec!["r".into()], token_file: None };
+    let spec = ViewSpec { name: "job-1".into(), mount: "/v".into(), roots: vec!["r".into()], token_file: None, nix_socket: None };
     let info = ViewInfo { spec: spec.clone(), paths: Some(3), overlays: 0, mounted: true };
     let (asked, ran) =
         ask(&ControlResponse::View(info.clone()), &["view", "create", "job-1", "--mount", "/v/", "--root", "r"]);
