@@ -319,7 +319,8 @@ impl Daemon {
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes, trees };
         let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &blobs, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
-        let nix_listener = config.nix_access.listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
+        let nix_listener =
+            config.nix_access.listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
         let control_listener = listen(&config.control).with_context(|| at("listen on", &config.control))?;
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();

@@ -347,8 +347,7 @@ impl Views {
         let overlays = Arc::new(self.parts.overlays.of_view(state.spec.mount.clone(), socket.clone()));
         let view = base.part(scope, Arc::clone(&overlays));
         let store = self.parts.store.of_view(view.clone(), blobs);
-        let nix =
-            NixSocket::new(view.clone(), store.clone(), self.parts.nix_access.clone(), &self.parts.metrics);
+        let nix = NixSocket::new(view.clone(), store.clone(), self.parts.nix_access.clone(), &self.parts.metrics);
         let shim = Shim::new(store, Handle::current(), &self.parts.metrics);
         let (dir, own) = (state.spec.mount.clone(), Arc::clone(&overlays));
         let access = self.parts.nix_access.clone();

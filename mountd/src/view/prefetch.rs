@@ -129,7 +129,9 @@ mod tests {
         let loading = prefetches.begin(hash(0), members.clone()).unwrap();
         assert!(prefetches.begin(hash(0), members).is_none(), "once at a time");
         let ended = prefetches.loading(&hash(1)).unwrap();
-        assert!(!ended.is_cancelled() && prefetches.loading(&hash(0)).is_none() && prefetches.loading(&hash(3)).is_none());
+        assert!(
+            !ended.is_cancelled() && prefetches.loading(&hash(0)).is_none() && prefetches.loading(&hash(3)).is_none()
+        );
         drop(loading);
         assert!(ended.is_cancelled() && prefetches.loading(&hash(1)).is_none());
     }

@@ -37,7 +37,9 @@ impl Drop for SocketFile {
 pub(super) fn check(path: &Path) -> Result<(), &'static str> {
     let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/_.-".contains(&byte));
     if !path.is_absolute() || !path.to_str().is_some_and(plain) {
-        return Err("has a Nix socket with a path that is not absolute, or of other characters than A-Z a-z 0-9 / _ . -");
+        return Err(
+            "has a Nix socket with a path that is not absolute, or of other characters than A-Z a-z 0-9 / _ . -",
+        );
     }
     Ok(())
 }

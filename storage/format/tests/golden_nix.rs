@@ -303,7 +303,8 @@ fn a_conversation_with_a_daemon() {
         let infos = narinfos(&version);
         let mut asked = 0;
         while !client.is_empty() {
-            let Ok(Decoded::Complete { value: Ok(request), length }) = Request::decode(&dir, spoken.features, client) else {
+            let Ok(Decoded::Complete { value: Ok(request), length }) = Request::decode(&dir, spoken.features, client)
+            else {
                 panic!("{:?}", Request::decode(&dir, spoken.features, client));
             };
             let mut copy = Vec::new();

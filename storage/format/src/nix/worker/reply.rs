@@ -169,7 +169,9 @@ impl Reply {
                 | Operation::QueryReferrers
                 | Operation::QueryValidDerivers
                 | Operation::QueryValidPaths => Self::Paths(read_paths(dir, cursor)?),
-                Operation::QueryRealisation if features.realisation_by_path => Self::Realised(read_realised(dir, cursor)?),
+                Operation::QueryRealisation if features.realisation_by_path => {
+                    Self::Realised(read_realised(dir, cursor)?)
+                }
                 Operation::QueryRealisation => Self::Realisations(
                     cursor.list()?.into_iter().map(|bytes| Ok(text(bytes)?.to_owned())).collect::<Result<_, Stop>>()?,
                 ),

@@ -1,7 +1,7 @@
 //! What a client may ask of a lower store.
 
-use super::handshake::Features;
 use super::WorkerError;
+use super::handshake::Features;
 use super::wire::{Cursor, Decoded, Stop, decode, put_list, put_string, put_u64, text};
 use crate::error::FormatError;
 use crate::nix::realisation::RealisationKey;
