@@ -394,8 +394,13 @@ async fn realisations_are_said_where_they_are_trusted_and_shown() {
     outside(move || {
         let mut client = Client::greet(&path);
         assert!(matches!(client.ask(&Request::QueryRealisation(by_hash("out"))), Reply::Realisations(found) if found.len() == 1));
-        std::thread::sleep(Duration::from_millis(1100));
-        assert!(matches!(client.ask(&Request::QueryRealisation(by_hash("none"))), Reply::Error(_)));
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let path = server.path.clone();
+    outside(move || {
+        let found = Client::greet(&path).ask(&Request::QueryRealisation(by_hash("none")));
+        assert!(matches!(found, Reply::Error(_)), "{found:?}");
     })
     .await;
     world.source.set(Mood::Answers);
