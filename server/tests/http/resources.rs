@@ -155,7 +155,7 @@ async fn realisations_under_both_urls() {
         let (status, found) = server.get(&get).await;
         assert_eq!(status, 200, "{get}");
         // As it came, and signed.
-        let key: RealisationKey = put.replace("%3A", ":").parse().unwrap();
+        let key: RealisationKey = put.replace("%3A", ":").replace("%21", "!").parse().unwrap();
         let realisation = Realisation::parse(&key, found.as_bytes()).unwrap();
         assert!(realisation.is_signed_by(&key, server.app.public_keys()));
         let unsigned = Realisation { signatures: Vec::new(), ..realisation };
