@@ -329,7 +329,8 @@ impl Daemon {
         let settings = StoreSettings { deadline: config.deadline, tree_bytes: config.tree_bytes, trees };
         let store = LazyStore::new(view.clone(), Arc::clone(&nodes), &blobs, Arc::clone(&cache), settings, metrics);
         // Sockets before the mount: what fails now leaves nothing mounted.
-        let nix_listener = listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
+        let nix_listener =
+            config.nix_access.listen(&config.nix_socket).with_context(|| at("listen on", &config.nix_socket))?;
         let control_listener = listen(&config.control).with_context(|| at("listen on", &config.control))?;
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
@@ -360,6 +361,7 @@ impl Daemon {
             settings: view_settings,
             fetch,
             connect,
+            nix_access: config.nix_access.clone(),
             cache_dir: config.cache_dir.clone(),
             metrics: metrics.clone(),
         });
@@ -382,7 +384,8 @@ impl Daemon {
                 }
             })
         });
-        tasks.spawn(NixSocket::new(view.clone(), metrics).serve(nix_listener, stop.clone()));
+        let nix = NixSocket::new(view.clone(), store.clone(), config.nix_access.clone(), metrics);
+        tasks.spawn(nix.serve(nix_listener, stop.clone()));
         let pusher = push_settings(config)?.map(|settings| Pusher::new(settings, metrics));
         if let Some(pusher) = &pusher {
             tasks.spawn(Arc::clone(pusher).run(stop.clone()));
@@ -421,6 +424,7 @@ impl Daemon {
     /// When the mount cannot be taken away.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.stop.cancel();
+        self.views.stop_answering().await;
         if tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()).await.is_err() {
             tracing::warn!("requests are still under way, going on without them");
         }

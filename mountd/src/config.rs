@@ -14,6 +14,7 @@ use narlake_format::nix::signature::PublicKey;
 use reqwest::Url;
 use serde::Deserialize;
 
+use crate::nix_socket::Access;
 use crate::view::OnOutage;
 
 /// Settings as they are given: in the file by these keys, on the command line by the same with hyphens.
@@ -59,6 +60,29 @@ pub struct Settings {
     /// Socket to answer Nix on
     #[arg(long, env = "NARLAKE_MOUNTD_NIX_SOCKET", value_name = "PATH", help_heading = "Places")]
     pub nix_socket: Option<PathBuf>,
+    /// Permission bits of the Nix sockets, in octal; who may not connect is refused whatever they say [default: 0600]
+    #[arg(long, env = "NARLAKE_MOUNTD_NIX_SOCKET_MODE", value_name = "MODE", help_heading = "Nix")]
+    pub nix_socket_mode: Option<String>,
+    /// User that may connect to the Nix sockets beside root and this daemon's own, by number; may be repeated
+    #[arg(
+        long = "nix-uid",
+        env = "NARLAKE_MOUNTD_NIX_UIDS",
+        value_name = "UID",
+        value_delimiter = ',',
+        help_heading = "Nix"
+    )]
+    #[serde(default)]
+    pub nix_uids: Vec<u32>,
+    /// Group whose users may connect to the Nix sockets if it is their primary one, by number; may be repeated
+    #[arg(
+        long = "nix-gid",
+        env = "NARLAKE_MOUNTD_NIX_GIDS",
+        value_name = "GID",
+        value_delimiter = ',',
+        help_heading = "Nix"
+    )]
+    #[serde(default)]
+    pub nix_gids: Vec<u32>,
     /// Socket to answer the narlake command on
     #[arg(long, env = "NARLAKE_MOUNTD_CONTROL", value_name = "PATH", help_heading = "Places")]
     pub control: Option<PathBuf>,
@@ -126,6 +150,8 @@ pub struct Config {
     pub cache_dir: PathBuf,
     /// The Nix socket.
     pub nix_socket: PathBuf,
+    /// Who may connect to the Nix sockets.
+    pub nix_access: Access,
     /// The control socket.
     pub control: PathBuf,
     /// The spool of builds to push.
@@ -211,6 +237,8 @@ impl Settings {
     #[must_use]
     pub fn over(self, under: Self) -> Self {
         let trusted_keys = if self.trusted_keys.is_empty() { under.trusted_keys } else { self.trusted_keys };
+        let nix_uids = if self.nix_uids.is_empty() { under.nix_uids } else { self.nix_uids };
+        let nix_gids = if self.nix_gids.is_empty() { under.nix_gids } else { self.nix_gids };
         Self {
             server: self.server.or(under.server),
             token_file: self.token_file.or(under.token_file),
@@ -222,6 +250,9 @@ impl Settings {
             takeover: self.takeover || under.takeover,
             cache_dir: self.cache_dir.or(under.cache_dir),
             nix_socket: self.nix_socket.or(under.nix_socket),
+            nix_socket_mode: self.nix_socket_mode.or(under.nix_socket_mode),
+            nix_uids,
+            nix_gids,
             control: self.control.or(under.control),
             push_spool: self.push_spool.or(under.push_spool),
             push_program: self.push_program.or(under.push_program),
@@ -271,6 +302,14 @@ impl Settings {
             let (setting, reason) = ("--fetch-deadline-s", "is not between 1 and 600");
             return Err(ConfigError::Invalid { setting, value: deadline_s.to_string(), reason });
         }
+        let mode = self.nix_socket_mode.unwrap_or_else(|| "0600".into());
+        let mode = match u32::from_str_radix(&mode, 8) {
+            Ok(bits) if bits <= 0o777 => bits,
+            _ => {
+                let (setting, reason) = ("--nix-socket-mode", "is not an octal number up to 0777");
+                return Err(ConfigError::Invalid { setting, value: mode, reason });
+            }
+        };
         // Nix and overlays are told these paths, from other working directories.
         let absolute = |path: Option<PathBuf>, setting| {
             let path = path.ok_or_else(missing(setting))?;
@@ -288,6 +327,7 @@ impl Settings {
             takeover: self.takeover,
             cache_dir: absolute(self.cache_dir, "--cache-dir")?,
             nix_socket: absolute(self.nix_socket, "--nix-socket")?,
+            nix_access: Access { mode, uids: self.nix_uids, gids: self.nix_gids },
             control: absolute(self.control, "--control")?,
             push_spool: self.push_spool.map(|path| absolute(Some(path), "--push-spool")).transpose()?,
             push_program: self.push_program.map(|path| absolute(Some(path), "--push-program")).transpose()?,
@@ -360,6 +400,11 @@ mod tests {
         check(&format!("{COMPLETE}\non_outage = \"build\""), Ok(()));
         check(&format!("{COMPLETE}\ntrusted_keys = [\"x\"]"), Err("--trusted-key"));
         check(&format!("{COMPLETE}\ntoken_file = \"/nonexistent/t\""), Err("read /nonexistent/t"));
+        for mode in ["0o600", "600x", "1777", "-1", ""] {
+            check(&format!("{COMPLETE}\nnix_socket_mode = {mode:?}"), Err("--nix-socket-mode"));
+        }
+        check(&format!("{COMPLETE}\nnix_socket_mode = \"0666\"\nnix_uids = [1000]\nnix_gids = [100]"), Ok(()));
+        check(&format!("{COMPLETE}\nnix_uids = [-1]"), Err("nix_uids"));
         let empty = tempfile::NamedTempFile::new().unwrap();
         fs::write(&empty, " \n").unwrap();
         check(&format!("{COMPLETE}\ntoken_file = {:?}", empty.path()), Err("holds no token"));
@@ -373,6 +418,7 @@ mod tests {
         let config = flags.over(file).check(None).unwrap();
         assert_eq!((config.mount, config.cache_bytes), ("/other".into(), 7));
         assert_eq!(config.control, PathBuf::from("/k"));
+        assert_eq!(config.nix_access, Access::default());
     }
 
     #[test]

@@ -11,6 +11,7 @@
 pub mod attr;
 pub mod contents;
 pub mod error;
+pub mod nar;
 pub mod nodes;
 pub mod tree;
 pub mod trees;

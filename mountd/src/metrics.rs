@@ -106,6 +106,10 @@ pub struct Metrics {
     pub nix_requests: IntCounterVec,
     /// Requests on the Nix socket that were answered with an error.
     pub nix_errors: IntCounter,
+    /// Connections to Nix sockets by users who may not.
+    pub nix_refused: IntCounter,
+    /// Realisations taken as absent because no trusted key signed them.
+    pub realisations_untrusted: IntCounter,
     /// Time from an `ensure` to its answer.
     pub ensure_seconds: Histogram,
     /// Store paths uploaded for builds.
@@ -306,6 +310,16 @@ impl Metrics {
                 &registry,
                 "narlake_mountd_nix_errors_total",
                 "Requests on the Nix socket answered with an error",
+            ),
+            nix_refused: counter(
+                &registry,
+                "narlake_mountd_nix_refused_total",
+                "Connections to Nix sockets by users who may not",
+            ),
+            realisations_untrusted: counter(
+                &registry,
+                "narlake_mountd_realisations_untrusted_total",
+                "Realisations taken as absent because no trusted key signed them",
             ),
             ensure_seconds: histogram(
                 &registry,

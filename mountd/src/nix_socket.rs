@@ -7,59 +7,72 @@
 //! - "not valid" is said when the server says so, and never because it did not answer: that is an error, which makes
 //!   Nix stop instead of building what exists.
 //!
-//! Requests of a connection are answered one after the other. The number of connections, the length of a request and
-//! the time for a handshake are bounded. Nothing is ever written through this socket.
+//! Each view that Nix may ask about has a socket of its own, and is all that this one answers for. Who may connect is
+//! checked ([`Access`]). Requests of a connection are answered one after the other ([`connection`]). The number of
+//! connections, the length of a request and the time for a handshake are bounded. Nothing is ever written through this
+//! socket.
 
+mod access;
+mod connection;
+
+use std::collections::HashSet;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use narlake_format::error::chain;
+use narlake_format::nix::realisation::RealisationKey;
 use narlake_format::nix::store_path::StorePath;
-use narlake_format::nix::worker::{Decoded, Handshake, Missing, PathInfo, Reply, Request, Trust, WorkerError};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use narlake_format::nix::worker::{Missing, PathInfo, Realised, Reply, Request};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::access::{Access, listen};
+use self::connection::{Connection, ConnectionError};
+use crate::fs::LazyStore;
+use crate::fs::nar::Nar;
 use crate::metrics::Metrics;
 use crate::view::{View, ViewError};
 
 /// Connections at once; further ones wait to be accepted. nix-daemon keeps one for each client process.
 const CONNECTIONS_MAX: usize = 512;
 
-/// Time for a client to say who it is.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Clients that are being told that they may not; further ones are not told.
+const REFUSALS_MAX: usize = 16;
 
-/// Longest time for a request to arrive once it has begun, or for an answer to be taken.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// NARs that are being sent at once, of all connections; each takes a megabyte or two of memory.
+const NARS_MAX: usize = 16;
+
+/// Longest wait for one's turn to be sent a NAR.
+const NAR_TURN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What clients are shown as the daemon's version.
 const NAME: &str = concat!("narlake-mountd-", env!("CARGO_PKG_VERSION"));
-
-/// Paths of one `QueryValidPaths` that are looked for at once.
-const PATHS_AT_ONCE: usize = 16;
 
 /// Serves a view on a socket.
 #[derive(Clone)]
 pub struct NixSocket {
     view: View,
+    store: LazyStore,
+    access: Access,
+    nars: Arc<Semaphore>,
     metrics: Metrics,
 }
 
 impl NixSocket {
-    /// Answers for this view.
+    /// Answers for this view, of which this store shows the content, whoever has access.
     #[must_use]
-    pub fn new(view: View, metrics: &Metrics) -> Self {
-        Self { view, metrics: metrics.clone() }
+    pub fn new(view: View, store: LazyStore, access: Access, metrics: &Metrics) -> Self {
+        Self { view, store, access, nars: Arc::new(Semaphore::new(NARS_MAX)), metrics: metrics.clone() }
     }
 
     /// Accepts connections until told to stop, then ends those that are open.
     pub async fn serve(self, listener: UnixListener, stop: CancellationToken) {
         let tracker = TaskTracker::new();
         let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
         loop {
             let accepted = tokio::select! {
                 () = stop.cancelled() => break,
@@ -74,6 +87,18 @@ impl NixSocket {
                     continue;
                 }
             };
+            match self.access.stranger(&stream) {
+                Ok(None) => {}
+                Ok(Some(uid)) => {
+                    drop(permit);
+                    self.refuse(stream, uid, &refusals);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "ask who connects to the Nix socket");
+                    continue;
+                }
+            }
             let (socket, stop) = (self.clone(), stop.clone());
             tracker.spawn(async move {
                 socket.metrics.nix_connections.inc();
@@ -93,35 +118,91 @@ impl NixSocket {
         tracker.wait().await;
     }
 
+    fn refuse(&self, stream: UnixStream, uid: u32, refusals: &Arc<Semaphore>) {
+        self.metrics.nix_refused.inc();
+        // Whoever tries again and again is counted each time, and logged now and then.
+        if self.metrics.nix_refused.get().is_power_of_two() {
+            tracing::warn!(uid, "a user who may not connects to the Nix socket");
+        }
+        if let Ok(turn) = Arc::clone(refusals).try_acquire_owned() {
+            tokio::spawn(async move {
+                access::refuse(stream, uid).await;
+                drop(turn);
+            });
+        }
+    }
+
     async fn converse(&self, stream: UnixStream) -> Result<(), ConnectionError> {
-        let mut connection = Connection { stream, buffer: Vec::new() };
-        let greeted = tokio::time::timeout(HANDSHAKE_TIMEOUT, connection.handshake()).await;
-        if !greeted.unwrap_or(Err(ConnectionError::Slow))? {
+        let dir = self.view.store_dir();
+        let mut connection = Connection::new(stream);
+        if !connection.handshake().await? {
             return Ok(());
         }
-        while let Some(request) = connection.request(&self.view).await? {
+        while let Some(request) = connection.request(dir).await? {
             let reply = match request {
+                Ok(Request::NarFromPath(path)) => match self.send_nar(&path, &mut connection).await? {
+                    None => continue,
+                    Some(refused) => refused,
+                },
                 Ok(request) => self.answer(&request).await,
                 Err(error) => Reply::Error(format!("malformed request: {error}")),
             };
             if matches!(reply, Reply::Error(_)) {
                 self.metrics.nix_errors.inc();
             }
-            connection.send(|out| reply.encode(self.view.store_dir(), out)).await?;
+            connection.send(|out| reply.encode(dir, out)).await?;
         }
         Ok(())
     }
 
-    async fn answer(&self, request: &Request) -> Reply {
-        self.metrics.nix_requests.with_label_values(&[request.operation().name()]).inc();
-        match self.try_answer(request).await {
-            Ok(reply) => reply,
-            Err(error) => {
-                let error = chain(&error);
-                tracing::error!(op = request.operation().name(), error, "request on the Nix socket failed");
-                Reply::Error(failure(&error))
+    /// Sends the NAR of a path, or gives the reply that says why not. Once the NAR has begun there is no way to say so
+    /// but to close.
+    async fn send_nar(&self, path: &StorePath, connection: &mut Connection) -> Result<Option<Reply>, ConnectionError> {
+        let request = Request::NarFromPath(path.clone());
+        self.count(&request);
+        let Ok(Ok(_turn)) = tokio::time::timeout(NAR_TURN_TIMEOUT, self.nars.acquire()).await else {
+            return Ok(Some(Reply::Error(failure("too many NARs are being sent, try again"))));
+        };
+        let record = match self.view.valid(path).await {
+            Ok(Some(record)) => record,
+            Ok(None) => return Ok(Some(self.invalid(path))),
+            Err(error) => return Ok(Some(failed(&request, &error))),
+        };
+        let mut nar: Nar = match self.store.nar(&record).await {
+            Ok(nar) => nar,
+            Err(error) => return Ok(Some(failed(&request, &error))),
+        };
+        let mut sent = 0;
+        loop {
+            match nar.next().await {
+                Ok(Some(piece)) => {
+                    if sent == 0 {
+                        connection.send(|out| Reply::Nar.encode(self.view.store_dir(), out)).await?;
+                    }
+                    connection.send_bytes(&piece).await?;
+                    sent += piece.len() as u64;
+                }
+                Ok(None) => return Ok(None),
+                Err(error) if sent == 0 => return Ok(Some(failed(&request, &error))),
+                Err(source) => {
+                    self.metrics.nix_errors.inc();
+                    return Err(ConnectionError::Nar { sent, source });
+                }
             }
         }
+    }
+
+    async fn answer(&self, request: &Request) -> Reply {
+        self.count(request);
+        self.try_answer(request).await.unwrap_or_else(|error| failed(request, &error))
+    }
+
+    fn count(&self, request: &Request) {
+        self.metrics.nix_requests.with_label_values(&[request.operation().name()]).inc();
+    }
+
+    fn invalid(&self, path: &StorePath) -> Reply {
+        Reply::Error(format!("path '{}' is not valid", path.display_in(self.view.store_dir())))
     }
 
     async fn try_answer(&self, request: &Request) -> Result<Reply, ViewError> {
@@ -133,7 +214,7 @@ impl NixSocket {
                 let record = view.valid(path).await?;
                 Reply::PathInfo(record.map(|record| PathInfo::of(record.info(), 0)))
             }
-            Request::QueryValidPaths { paths, .. } => Reply::Paths(self.valid_of(paths).await?),
+            Request::QueryValidPaths { paths, .. } => Reply::Paths(view.valid_of(paths).await?),
             Request::QueryPathFromHashPart(hash) => {
                 let path = view.find_hash(hash).await?.map(|record| record.info().store_path.clone());
                 match path {
@@ -143,31 +224,40 @@ impl NixSocket {
             }
             // Nix asks the upper's own database for these; of the lower it needs none.
             Request::QueryReferrers(_) | Request::QueryValidDerivers(_) => Reply::Paths(Vec::new()),
-            Request::QueryRealisation(_) => Reply::Realisations(Vec::new()),
+            Request::QueryRealisation(key) => {
+                let found = view.realisation(key).await?;
+                match key {
+                    RealisationKey::Hash(_) => {
+                        Reply::Realisations(found.iter().map(|found| found.to_document(key)).collect())
+                    }
+                    RealisationKey::Path { .. } => Reply::Realised(found.map(|found| Realised {
+                        out_path: found.out_path.clone(),
+                        signatures: found.signatures.clone(),
+                    })),
+                }
+            }
             Request::EnsurePath(path) | Request::AddTempRoot(path) => match view.valid(path).await? {
                 Some(_) => Reply::Accepted,
-                None => Reply::Error(format!("path '{}' is not valid", path.display_in(view.store_dir()))),
+                None => self.invalid(path),
             },
-            Request::QueryAllValidPaths => Reply::Paths(view.known_paths()),
+            Request::QueryAllValidPaths => Reply::Paths(view.all_paths().await?),
+            // What the view does not show, nobody here builds or substitutes.
             Request::QueryMissing(paths) => {
-                let valid = self.valid_of(paths).await?;
+                let valid: HashSet<StorePath> = view.valid_of(paths).await?.into_iter().collect();
                 let unknown = paths.iter().filter(|path| !valid.contains(path)).cloned().collect();
                 Reply::Missing(Missing { unknown, ..Missing::default() })
             }
-            Request::NarFromPath(_) => {
-                Reply::Error("NARs are served by the lake's server, not by its mount; use it as a substituter".into())
-            }
+            // Sent as it is made (`send_nar`).
+            Request::NarFromPath(_) => Reply::Nar,
         })
     }
+}
 
-    async fn valid_of(&self, paths: &[StorePath]) -> Result<Vec<StorePath>, ViewError> {
-        let mut valid = Vec::new();
-        for some in paths.chunks(PATHS_AT_ONCE) {
-            let found = futures::future::try_join_all(some.iter().map(|path| self.view.valid(path))).await?;
-            valid.extend(some.iter().zip(found).filter(|(_, record)| record.is_some()).map(|(path, _)| path.clone()));
-        }
-        Ok(valid)
-    }
+/// Logs why a request is not answered, and makes the reply that says so.
+fn failed(request: &Request, error: &dyn std::error::Error) -> Reply {
+    let error = chain(error);
+    tracing::error!(op = request.operation().name(), error, "request on the Nix socket failed");
+    Reply::Error(failure(&error))
 }
 
 /// What Nix is told when there is no answer. Nix takes the words "is not valid" for one, so they are never in it, also
@@ -183,124 +273,6 @@ async fn accept(
     let permit = Arc::clone(permits).acquire_owned().await.map_err(io::Error::other)?;
     let (stream, _) = listener.accept().await?;
     Ok((stream, permit))
-}
-
-/// Why a connection ended before its client closed it.
-#[derive(Debug, thiserror::Error)]
-enum ConnectionError {
-    #[error("talk to the client")]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Protocol(#[from] WorkerError),
-    #[error("client took too long")]
-    Slow,
-    #[error("client closed the connection inside a message")]
-    CutOff,
-}
-
-struct Connection {
-    stream: UnixStream,
-    /// What has arrived and is not yet used.
-    buffer: Vec<u8>,
-}
-
-impl Connection {
-    /// False if the client left without saying anything.
-    async fn handshake(&mut self) -> Result<bool, ConnectionError> {
-        let mut handshake = Handshake::new(NAME, Trust::NotTrusted);
-        loop {
-            let mut out = Vec::new();
-            match handshake.step(&self.buffer, &mut out) {
-                Ok(Decoded::Complete { value, length }) => {
-                    self.buffer.drain(..length);
-                    self.stream.write_all(&out).await?;
-                    if value.is_some() {
-                        return Ok(true);
-                    }
-                }
-                Ok(Decoded::Incomplete { .. }) => {
-                    if self.stream.read_buf(&mut self.buffer).await? == 0 {
-                        return if self.buffer.is_empty() { Ok(false) } else { Err(ConnectionError::CutOff) };
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// The next request; none if the client closed.
-    async fn request(
-        &mut self,
-        view: &View,
-    ) -> Result<Option<Result<Request, narlake_format::error::FormatError>>, ConnectionError> {
-        // A client may be silent as long as it likes between requests, not inside one.
-        if self.buffer.is_empty() && self.stream.read_buf(&mut self.buffer).await? == 0 {
-            return Ok(None);
-        }
-        let arrived = tokio::time::timeout(MESSAGE_TIMEOUT, self.rest_of_request(view)).await;
-        match arrived.unwrap_or(Err(ConnectionError::Slow)) {
-            Ok(request) => Ok(Some(request)),
-            Err(ConnectionError::Protocol(error)) => {
-                // Where the next request starts is not known: say why, then close.
-                let reply = Reply::Error(error.to_string());
-                self.send(|out| reply.encode(view.store_dir(), out)).await?;
-                Err(error.into())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn rest_of_request(
-        &mut self,
-        view: &View,
-    ) -> Result<Result<Request, narlake_format::error::FormatError>, ConnectionError> {
-        loop {
-            match Request::decode(view.store_dir(), &self.buffer)? {
-                Decoded::Complete { value, length } => {
-                    self.buffer.drain(..length);
-                    return Ok(value);
-                }
-                Decoded::Incomplete { needed } => {
-                    // The decoder refuses what goes beyond its limits, so this does not grow for ever. And memory
-                    // comes with the bytes, never on the word of a length alone.
-                    while self.buffer.len() < needed {
-                        self.buffer.reserve((needed - self.buffer.len()).min(64 * 1024));
-                        if self.stream.read_buf(&mut self.buffer).await? == 0 {
-                            return Err(ConnectionError::CutOff);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ConnectionError> {
-        let mut out = Vec::new();
-        encode(&mut out);
-        let sent = tokio::time::timeout(MESSAGE_TIMEOUT, self.stream.write_all(&out)).await;
-        Ok(sent.map_err(|_| ConnectionError::Slow)??)
-    }
-}
-
-/// Listens on a socket that only root reaches. What a process that is gone left there is removed.
-///
-/// # Errors
-/// When another process listens there, or the socket cannot be made.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt;
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-        }
-        Err(error) => return Err(error),
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 #[cfg(test)]

@@ -132,12 +132,14 @@ impl Overlays {
         }
     }
 
-    /// Overlays over the mount of another view. They count with these, and take turns with them. Nix is not told of
-    /// that view, so neither is it of its overlays.
+    /// Overlays over the mount of another view. They count with these, and take turns with them. Where Nix cannot ask
+    /// about that view, for want of a socket, it is not told of its overlays either.
     #[must_use]
-    pub fn of_view(&self, lower: PathBuf) -> Self {
+    pub fn of_view(&self, lower: PathBuf, nix_socket: Option<PathBuf>) -> Self {
+        let mut needed = self.own.needed.clone();
+        needed.extend(nix_socket.clone());
         Self {
-            own: Own { lower, nix_socket: PathBuf::new(), ..self.own.clone() },
+            own: Own { lower, nix_socket: nix_socket.unwrap_or_default(), needed, ..self.own.clone() },
             table: Mutex::default(),
             changes: Arc::clone(&self.changes),
             in_all: Arc::clone(&self.in_all),

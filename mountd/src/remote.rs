@@ -26,7 +26,8 @@ use narlake_format::api::{self, ClosureLine, ClosureRequest, Info, LocateRespons
 use narlake_format::id::BlobId;
 use narlake_format::lake::location::{Location, PackRef};
 use narlake_format::lake::record::PathRecord;
-use narlake_format::limits::{CLOSURE_MAX, NARINFO_MAX, PACK_MAX};
+use narlake_format::limits::{CLOSURE_MAX, NARINFO_MAX, PACK_MAX, REALISATION_MAX};
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::store_path::{StoreDir, StorePathHash};
 use narlake_storage::ErrorKind;
 use narlake_storage::fetch::BlobSource;
@@ -206,7 +207,7 @@ impl Remote {
         pause.mul_f64(0.5 + mixed as f64 / f64::from(1_u32 << 16))
     }
 
-    /// Sends one request; an answer that is not 2xx is an error.
+    /// Sends one request of the lake API; an answer that is not 2xx is an error.
     async fn send(
         &self,
         method: Method,
@@ -214,8 +215,19 @@ impl Remote {
         body: Option<(&'static str, Bytes)>,
         range: Option<&Range<u64>>,
     ) -> Result<Answer, Cause> {
+        self.send_to(method, &format!("{}/{path}", api::PREFIX), body, range).await
+    }
+
+    /// The same to any path below the server's URL, which begins with a slash.
+    async fn send_to(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<(&'static str, Bytes)>,
+        range: Option<&Range<u64>>,
+    ) -> Result<Answer, Cause> {
         let base = self.settings.server.as_str().trim_end_matches('/');
-        let mut request = self.client.request(method, format!("{base}{}/{path}", api::PREFIX));
+        let mut request = self.client.request(method, format!("{base}{path}"));
         if let Some(token) = self.token.current() {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
         }
@@ -282,14 +294,7 @@ impl RecordSource for Remote {
     async fn lookup(&self, hash: &StorePathHash) -> Result<Option<PathRecord>, RemoteError> {
         let path = format!("paths/{hash}");
         self.ask("look up", hash, || async {
-            let response = match self.send(Method::GET, &path, None, None).await {
-                Err(Cause::Absent) => return Ok(None),
-                // A proxy, or another server: nobody who knows has said that the path does not exist.
-                Err(Cause::Status { status: 404, .. }) => {
-                    return Err(Cause::Incomplete("404, but not as the server says that a path is absent"));
-                }
-                other => other?,
-            };
+            let Some(response) = present(self.send(Method::GET, &path, None, None).await)? else { return Ok(None) };
             let text = response.body(NARINFO_MAX).await?;
             let record = PathRecord::parse(&self.store_dir, &text).map_err(Cause::Record)?;
             if record.info().store_path.hash != *hash {
@@ -313,6 +318,17 @@ impl RecordSource for Remote {
         let (records, missing) = self.ask("get the closure of", key(), || self.closure_once(&request)).await?;
         records.into_iter().for_each(on);
         Ok(missing)
+    }
+
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError> {
+        // Of the characters of outputs and derivations, this one alone means something else in a URL.
+        let path = format!("/{key}").replace('?', "%3F");
+        self.ask("look up the realisation", key, || async {
+            let Some(response) = present(self.send_to(Method::GET, &path, None, None).await)? else { return Ok(None) };
+            let text = response.body(REALISATION_MAX).await?;
+            Realisation::parse(key, &text).map(Some).map_err(Cause::Format)
+        })
+        .await
     }
 }
 
@@ -365,6 +381,19 @@ impl BlobSource for Remote {
             total.ok_or(Cause::Incomplete("the server does not say how long the pack is"))
         });
         Ok(size.await?)
+    }
+}
+
+/// The answer; none where the server itself says that it does not have what was asked for.
+fn present(answer: Result<Answer, Cause>) -> Result<Option<Answer>, Cause> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(Cause::Absent) => Ok(None),
+        // A proxy, or another server: nobody who knows has said that it does not exist.
+        Err(Cause::Status { status: 404, .. }) => {
+            Err(Cause::Incomplete("404, but not as the server says that something is absent"))
+        }
+        Err(other) => Err(other),
     }
 }
 

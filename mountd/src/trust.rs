@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use narlake_format::lake::record::PathRecord;
 use narlake_format::lake::strings::StringTable;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::signature::PublicKey;
 use narlake_format::nix::store_path::{StoreDir, StorePath};
 
@@ -34,6 +35,26 @@ impl Weigh for TrustedRecord {
         let table = self.0.inline_table().map_or(0, StringTable::encoded_len);
         // A signature is 64 bytes and the name of a key.
         (size_of::<PathRecord>() + paths + info.url.len() + signatures * 160 + table) as u64
+    }
+}
+
+/// A realisation that a trusted key has signed. There is no other way to make one than
+/// [`TrustedKeys::verify_realisation`].
+#[derive(Clone, Debug)]
+pub struct TrustedRealisation(Arc<Realisation>);
+
+impl std::ops::Deref for TrustedRealisation {
+    type Target = Realisation;
+
+    fn deref(&self) -> &Realisation {
+        &self.0
+    }
+}
+
+impl Weigh for TrustedRealisation {
+    fn bytes(&self) -> u64 {
+        // An id is a digest and a short name, a path about 100 bytes; a signature 64 bytes and the name of a key.
+        (size_of::<Realisation>() + 100 + self.0.dependent.len() * 320 + self.0.signatures.len() * 160) as u64
     }
 }
 
@@ -78,6 +99,12 @@ impl TrustedKeys {
         let names: Vec<&str> = record.lake_signatures().iter().map(|signature| signature.key_name()).collect();
         let signers = if names.is_empty() { "nobody".into() } else { names.join(", ") };
         Err(Untrusted { path: record.info().store_path.display_in(&self.store_dir).to_string(), signers })
+    }
+
+    /// The realisation, if a trusted key has signed that it is the one of this output.
+    #[must_use]
+    pub fn verify_realisation(&self, key: &RealisationKey, realisation: Realisation) -> Option<TrustedRealisation> {
+        realisation.is_signed_by(key, &self.keys).then(|| TrustedRealisation(Arc::new(realisation)))
     }
 }
 

@@ -10,6 +10,8 @@
 
 mod closure;
 mod negative;
+mod prefetch;
+mod realised;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,12 +20,15 @@ use std::time::Duration;
 use async_trait::async_trait;
 use narlake_format::error::chain;
 use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use narlake_storage::ErrorKind;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use self::negative::Negative;
+use self::prefetch::Prefetches;
+use self::realised::Realised;
 use crate::fs::nodes::NodeTable;
 use crate::lru::{Lru, lru};
 use crate::metadata::Blobs;
@@ -65,6 +70,9 @@ pub trait RecordSource: Send + Sync + 'static {
         roots: &[StorePathHash],
         on: &mut (dyn FnMut(PathRecord) + Send),
     ) -> Result<Vec<StorePathHash>, RemoteError>;
+
+    /// What an output of a content-addressed derivation turned out to be. `None` is authoritative.
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError>;
 }
 
 /// What a look-up of an unknown name is told when the server does not answer.
@@ -136,8 +144,8 @@ struct Inner {
     negative: Negative,
     overlays: Arc<Overlays>,
     lookups: Arc<Semaphore>,
-    /// Closures being prefetched, by root.
-    prefetching: Arc<Mutex<HashSet<StorePathHash>>>,
+    prefetches: Arc<Prefetches>,
+    realised: Arc<Realised>,
     /// With [`OnOutage::Build`]: until when the server is not asked.
     down_until: Arc<Mutex<Option<Instant>>>,
     nodes: Arc<NodeTable>,
@@ -166,7 +174,8 @@ impl View {
             negative: Negative::new(metrics),
             overlays,
             lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
-            prefetching: Arc::default(),
+            prefetches: Arc::default(),
+            realised: Arc::default(),
             down_until: Arc::default(),
             nodes,
             blobs,
@@ -189,7 +198,8 @@ impl View {
             negative: Negative::new(&inner.metrics),
             overlays,
             lookups: Arc::clone(&inner.lookups),
-            prefetching: Arc::clone(&inner.prefetching),
+            prefetches: Arc::clone(&inner.prefetches),
+            realised: Arc::clone(&inner.realised),
             down_until: Arc::clone(&inner.down_until),
             nodes: Arc::clone(&inner.nodes),
             blobs: inner.blobs.clone(),
@@ -215,12 +225,6 @@ impl View {
     pub fn known(&self, path: &StorePath) -> Option<TrustedRecord> {
         let known = self.inner.records.get(&path.hash).filter(|_| self.may_show(&path.hash));
         known.filter(|record| record.info().store_path == *path)
-    }
-
-    /// All paths in memory.
-    #[must_use]
-    pub fn known_paths(&self) -> Vec<StorePath> {
-        self.inner.records.iter().map(|(_, record)| record.info().store_path.clone()).collect()
     }
 
     /// Number of paths in memory.
@@ -258,6 +262,9 @@ impl View {
     }
 
     async fn ask(&self, hash: &StorePathHash) -> Result<Option<TrustedRecord>, ViewError> {
+        if let Some(record) = self.prefetched(hash).await {
+            return Ok(Some(record));
+        }
         let _turn = self.inner.lookups.acquire().await;
         self.ask_in_turn(hash).await
     }

@@ -6,8 +6,11 @@
 //! daemon's own token; a view with a token of its own has its own, in memory and on disk, and asks with its own token for
 //! all that this host lacks.
 //!
+//! A view may have a Nix socket of its own, which answers for what it shows and for nothing else ([`answering`]).
+//!
 //! A view stays until it is destroyed: a state file ([`state`]) has the next daemon mount it again, without a server.
 
+mod answering;
 mod state;
 
 use std::collections::{BTreeMap, HashSet};
@@ -21,6 +24,7 @@ use narlake_format::nix::store_path::StorePath;
 use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
 use tokio::runtime::Handle;
 
+use self::answering::Answering;
 use self::state::{State, StateError};
 use crate::error::joined;
 use crate::fs::LazyStore;
@@ -31,6 +35,7 @@ use crate::metadata::{Blobs, Metadata, Records};
 use crate::metrics::Metrics;
 use crate::mount_error::MountError;
 use crate::mounter::Mounter;
+use crate::nix_socket::{Access, NixSocket};
 use crate::overlay::Overlays;
 use crate::trust::TrustedKeys;
 use crate::view::{RecordSource, Scope, View, ViewError, ViewSettings};
@@ -83,6 +88,8 @@ pub struct Parts {
     pub fetch: FetchSettings,
     /// How to reach the server with another token.
     pub connect: Connect,
+    /// Who may connect to their Nix sockets.
+    pub nix_access: Access,
     /// The cache directory.
     pub cache_dir: PathBuf,
     /// The metrics.
@@ -134,6 +141,8 @@ struct Live {
     overlays: Arc<Overlays>,
     // Held while it is unmounted.
     serving: Mutex<Serving>,
+    /// Its Nix socket; none if it has none, or is gone.
+    answering: tokio::sync::Mutex<Option<Answering>>,
 }
 
 /// The views that were created.
@@ -177,6 +186,9 @@ impl Views {
         }
         if spec.roots.len() > ROOTS_MAX {
             return Err(invalid("has more than 10,000 roots"));
+        }
+        if let Some(socket) = &spec.nix_socket {
+            answering::check(socket).map_err(invalid)?;
         }
         let _turn = self.turn(&spec.mount).await?;
         if self.table().contains_key(&spec.name) {
@@ -245,10 +257,18 @@ impl Views {
             leaving.serving.lock().unwrap_or_else(PoisonError::into_inner).leave(lazy)
         };
         limited("unmount", &mount, joined(tokio::task::spawn_blocking(work))).await?;
+        live.stop_answering().await;
         self.table().remove(name);
         self.show_count();
         self.forget(name).await;
         Ok(())
+    }
+
+    /// Closes the Nix sockets of all; they are opened again by the next daemon.
+    pub async fn stop_answering(&self) {
+        for live in self.all() {
+            live.stop_answering().await;
+        }
     }
 
     /// Unmounts all, detaching those in use; they are mounted again by the next daemon. Blocks.
@@ -323,20 +343,25 @@ impl Views {
         let (base, blobs) = self.base(&state.spec).await?;
         let scope: Option<Scope> =
             state.members.as_ref().map(|all| Arc::new(all.iter().copied().collect::<HashSet<_>>()));
-        let overlays = Arc::new(self.parts.overlays.of_view(state.spec.mount.clone()));
+        let socket = state.spec.nix_socket.clone();
+        let overlays = Arc::new(self.parts.overlays.of_view(state.spec.mount.clone(), socket.clone()));
         let view = base.part(scope, Arc::clone(&overlays));
         let store = self.parts.store.of_view(view.clone(), blobs);
+        let nix = NixSocket::new(view.clone(), store.clone(), self.parts.nix_access.clone(), &self.parts.metrics);
         let shim = Shim::new(store, Handle::current(), &self.parts.metrics);
         let (dir, own) = (state.spec.mount.clone(), Arc::clone(&overlays));
+        let access = self.parts.nix_access.clone();
         let (mounter, name) = (self.parts.mounter.clone(), format!("view {}", state.spec.name));
         let work = move || {
             Overlays::check_own(own.own())?;
+            // Before the mount: what fails now leaves nothing mounted.
+            let listener = socket.map(|socket| answering::listen(&access, socket)).transpose()?;
             let serving = Serving::start_with(mounter, &name, &dir, shim, THREADS)?;
             own.restore();
-            Ok(serving)
+            Ok((serving, listener))
         };
         let mount = state.spec.mount.clone();
-        let serving = limited("mount on", &mount, joined(tokio::task::spawn_blocking(work))).await?;
+        let (serving, listener) = limited("mount on", &mount, joined(tokio::task::spawn_blocking(work))).await?;
         // As the kernel spells it: overlays name their lower by it.
         let overlays = match serving.dir() == mount {
             true => overlays,
@@ -349,7 +374,9 @@ impl Views {
         if self.parts.mounter.is_resuming() {
             view.owes_refresh();
         }
-        let live = Arc::new(Live { state, view, overlays, serving: Mutex::new(serving) });
+        let answering = listener.map(|listener| listener.serve(nix));
+        let (serving, answering) = (Mutex::new(serving), tokio::sync::Mutex::new(answering));
+        let live = Arc::new(Live { state, view, overlays, serving, answering });
         self.table().insert(live.state.spec.name.clone(), Arc::clone(&live));
         Ok(live.info())
     }
@@ -382,6 +409,13 @@ impl Views {
 }
 
 impl Live {
+    async fn stop_answering(&self) {
+        let answering = self.answering.lock().await.take();
+        if let Some(answering) = answering {
+            answering.stop().await;
+        }
+    }
+
     fn info(&self) -> ViewInfo {
         let ended = self.serving.try_lock().is_ok_and(|serving| *serving.ended().borrow());
         ViewInfo {
@@ -395,7 +429,7 @@ impl Live {
 
 /// Of a view that is not mounted.
 fn no_overlays(parts: &Parts) -> Arc<Overlays> {
-    Arc::new(parts.overlays.of_view(PathBuf::new()))
+    Arc::new(parts.overlays.of_view(PathBuf::new(), None))
 }
 
 async fn limited<T>(

@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use narlake_format::lake::record::PathRecord;
 use narlake_format::limits::CLOSURE_MAX;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::store_path::StorePathHash;
 use narlake_storage::ErrorKind;
 use tokio::time::Instant;
@@ -127,6 +128,11 @@ impl RecordSource for Records {
                 }
             }
         }
+    }
+
+    /// Not kept on disk: what is built is asked for while the server is there, or not at all.
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError> {
+        self.source.realisation(key).await
     }
 }
 

@@ -1,7 +1,7 @@
 //! Closures: the metadata of everything a path needs, in one answer of the server.
 
 use std::collections::HashSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use narlake_format::error::chain;
@@ -15,9 +15,6 @@ use super::{View, ViewError};
 use crate::error::joined;
 use crate::fs::nodes::ObjectKey;
 use crate::trust::{TrustedRecord, Untrusted};
-
-/// Closures fetched in the background at once.
-const PREFETCHES_MAX: usize = 4;
 
 /// Trees whose heads are fetched ahead; those of a larger closure come when they are looked at.
 const WARM_MAX: usize = 4096;
@@ -69,33 +66,59 @@ impl View {
         Ok(closures)
     }
 
-    /// Loads the closure of a path in the background, unless all it refers to is known.
-    pub(super) fn prefetch(&self, record: &TrustedRecord) {
-        let references = &record.info().references;
-        if references
-            .iter()
-            .all(|path| self.inner.records.contains_key(&path.hash) || *path == record.info().store_path)
-        {
-            return;
-        }
-        let root = record.info().store_path.hash;
-        {
-            let mut prefetching = self.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner);
-            // Beyond the bound it waits for its members' own look-ups.
-            if prefetching.len() >= PREFETCHES_MAX || !prefetching.insert(root) {
-                return;
+    /// Those of these paths that are valid, in their order; of any number of unknown ones the server is asked at once.
+    /// Cancel safe.
+    ///
+    /// # Errors
+    /// As [`View::valid`].
+    pub async fn valid_of(&self, paths: &[StorePath]) -> Result<Vec<StorePath>, ViewError> {
+        let unknown = |path: &&StorePath| self.may_show(&path.hash) && !self.inner.records.contains_key(&path.hash);
+        let unknown: Vec<StorePathHash> = paths.iter().filter(unknown).map(|path| path.hash).collect();
+        let mut absent = HashSet::new();
+        if unknown.len() > 1 {
+            match self.bounded(self.load_closures(&unknown)).await {
+                Ok(closures) => absent.extend(closures.missing),
+                Err(error) if error.is_outage() => return Err(error),
+                // A path of which nothing is believed may be in the closure of one only: each speaks for itself.
+                Err(error) => tracing::warn!(error = chain(&error), "load closures, going on path by path"),
             }
         }
-        let view = self.clone();
-        tokio::spawn(async move {
-            match view.load_closures(&[root]).await {
-                Ok(closures) => view.warm(&closures.records).await,
-                Err(error) => {
-                    tracing::warn!(root = %root, error = chain(&error), "prefetch the closure");
+        let mut valid = Vec::new();
+        for path in paths {
+            if !absent.contains(&path.hash.to_string()) && self.find(path).await?.is_some() {
+                valid.push(path.clone());
+            }
+        }
+        self.show(&valid).await?;
+        Ok(valid)
+    }
+
+    /// Every path that the view shows, if it shows only some; else those that are known. Cancel safe.
+    ///
+    /// # Errors
+    /// As [`View::valid`].
+    pub async fn all_paths(&self) -> Result<Vec<StorePath>, ViewError> {
+        let path = |record: &TrustedRecord| record.info().store_path.clone();
+        let mut paths: Vec<StorePath> = match &self.inner.scope {
+            None => self.inner.records.iter().map(|(_, record)| path(&record)).collect(),
+            Some(scope) => {
+                let known: Vec<TrustedRecord> = scope.iter().filter_map(|hash| self.inner.records.get(hash)).collect();
+                let mut paths: Vec<StorePath> = known.iter().map(path).collect();
+                if known.len() < scope.len() {
+                    let known: HashSet<StorePathHash> = paths.iter().map(|path| path.hash).collect();
+                    let unknown: Vec<StorePathHash> =
+                        scope.iter().filter(|hash| !known.contains(*hash)).copied().collect();
+                    let loaded = self.bounded(self.load_closures(&unknown)).await?;
+                    paths.extend(loaded.records.iter().map(path));
                 }
+                paths.retain(|path| scope.contains(&path.hash));
+                paths
             }
-            view.inner.prefetching.lock().unwrap_or_else(PoisonError::into_inner).remove(&root);
-        });
+        };
+        paths.sort();
+        paths.dedup();
+        self.show(&paths).await?;
+        Ok(paths)
     }
 
     /// The closures of these paths, if every record is in memory.
@@ -116,7 +139,7 @@ impl View {
         Some(closures)
     }
 
-    async fn load_closures(&self, roots: &[StorePathHash]) -> Result<Closures, ViewError> {
+    pub(super) async fn load_closures(&self, roots: &[StorePathHash]) -> Result<Closures, ViewError> {
         let mut records = Vec::new();
         let mut take = |record| records.push(record);
         let missing = self.inner.source.closure(roots, &mut take).await.map_err(ViewError::Remote)?;
@@ -136,7 +159,7 @@ impl View {
     /// Fetches the heads of these objects' trees, many in one request: a sandbox that is laid out looks at each path of a
     /// closure, one after the other, and the rest of a small tree lies in the frame of its head. What goes wrong here
     /// goes wrong again for whoever needs it, and is told there.
-    async fn warm(&self, records: &[TrustedRecord]) {
+    pub(super) async fn warm(&self, records: &[TrustedRecord]) {
         let heads: Vec<BlobId> = records.iter().map(|record| record.manifest().into()).take(WARM_MAX).collect();
         let blobs = &self.inner.blobs;
         let heads = blobs.absent(&heads);

@@ -115,7 +115,13 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_damage_is_none() {
-        let spec = ViewSpec { name: "a".into(), mount: "/m".into(), roots: vec!["r".into()], token_file: None };
+        let spec = ViewSpec {
+            name: "a".into(),
+            mount: "/m".into(),
+            roots: vec!["r".into()],
+            token_file: None,
+            nix_socket: None,
+        };
         let members = Some(vec![StorePathHash::from_bytes([7; 20])]);
         let state = State { spec, members };
         let dir = tempfile::tempdir().unwrap();

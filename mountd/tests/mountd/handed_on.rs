@@ -87,7 +87,8 @@ async fn a_container_sees_views_that_are_made_later() {
     };
     assert_eq!(next().await, "in");
     let mut client = Client::connect(&mounted.dir).await;
-    let spec = ViewSpec { name: "job".into(), mount: views.join("job"), roots: vec![], token_file: None };
+    let spec =
+        ViewSpec { name: "job".into(), mount: views.join("job"), roots: vec![], token_file: None, nix_socket: None };
     let made = client.ask(ControlRequest::ViewCreate(spec)).await;
     assert!(matches!(made, ControlResponse::View(_)), "{made:?}");
     assert_eq!(next().await, "later");

@@ -17,6 +17,7 @@ use narlake_format::nar::{Event, Writer};
 use narlake_format::nix::compression::Compression;
 use narlake_format::nix::hash::Sha256Hash;
 use narlake_format::nix::narinfo::NarInfo;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::signature::SecretKey;
 use narlake_format::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use narlake_mountd::app::{Daemon, Sources};
@@ -33,7 +34,7 @@ use narlake_mountd::remote::{Cause, RemoteError};
 use narlake_mountd::trust::TrustedKeys;
 use narlake_mountd::view::{OnOutage, RecordSource, View, ViewSettings};
 use narlake_storage::fetch::{BlobSource, FetchSettings, Fetcher};
-use narlake_storage::{Bucket, Components, Error, Lake, OsEntropy, SystemClock, UploadName};
+use narlake_storage::{Bucket, Components, DocumentKey, Error, Lake, OsEntropy, SystemClock, UploadName};
 use tempfile::TempDir;
 
 /// What is in a store object.
@@ -120,6 +121,7 @@ pub(crate) struct Source {
     pub(crate) read_bytes: AtomicU64,
     pub(crate) locates: AtomicU64,
     pub(crate) closures: AtomicU64,
+    pub(crate) realisations: AtomicU64,
 }
 
 impl Source {
@@ -134,7 +136,7 @@ impl Source {
 
     /// Forgets what has been counted.
     pub(crate) fn count_anew(&self) {
-        for count in [&self.lookups, &self.reads, &self.read_bytes, &self.locates, &self.closures] {
+        for count in [&self.lookups, &self.reads, &self.read_bytes, &self.locates, &self.closures, &self.realisations] {
             count.store(0, Ordering::SeqCst);
         }
     }
@@ -209,6 +211,13 @@ impl RecordSource for Source {
         records.iter().for_each(|record| on(PathRecord::clone(record)));
         Ok(missing)
     }
+
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError> {
+        self.realisations.fetch_add(1, Ordering::SeqCst);
+        self.gate(key.to_string()).await?;
+        let document = self.lake.get_document(&self.cache, &DocumentKey::Realisation(key.clone())).await.unwrap();
+        Ok(document.map(|document| Realisation::parse(key, &document).unwrap()))
+    }
 }
 
 /// The source as somebody sees it who may not see one path.
@@ -232,6 +241,10 @@ impl RecordSource for Hiding {
             return Ok(vec![self.hidden]);
         }
         self.source.closure(roots, on).await
+    }
+
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError> {
+        self.source.realisation(key).await
     }
 }
 
@@ -283,6 +296,7 @@ impl World {
             read_bytes: AtomicU64::new(0),
             locates: AtomicU64::new(0),
             closures: AtomicU64::new(0),
+            realisations: AtomicU64::new(0),
         };
         let (deadline, cache_bytes) = (Duration::from_secs(10), 1 << 30);
         let (source, metrics) = (Arc::new(source), Metrics::new());
@@ -330,6 +344,15 @@ impl World {
             extra: Vec::new(),
         };
         self.lake.publish(cache, info, signers).await.unwrap();
+    }
+
+    /// Pushes what an output turned out to be, signed by these.
+    pub(crate) async fn realise(&self, key: &RealisationKey, out_path: &StorePath, signers: &[SecretKey]) {
+        let dependent = BTreeMap::new();
+        let realisation = Realisation { out_path: out_path.clone(), dependent, signatures: Vec::new() };
+        let document = Realisation::sign(key, realisation.to_document(key).as_bytes(), signers).unwrap();
+        let key = DocumentKey::Realisation(key.clone());
+        self.lake.put_document(&self.source.cache, &key, document.into()).await.unwrap();
     }
 
     /// Of a token that may see what the default one may, but for the path of that name.

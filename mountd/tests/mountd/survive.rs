@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use narlake_format::api::control::{ControlRequest, ControlResponse, MountStatus};
 use narlake_format::lake::record::PathRecord;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::store_path::StorePathHash;
 use narlake_mountd::app::{Daemon, Sources};
 use narlake_mountd::mounter::Mounter;
@@ -57,6 +58,10 @@ impl RecordSource for Deadly {
         on: &mut (dyn FnMut(PathRecord) + Send),
     ) -> Result<Vec<StorePathHash>, RemoteError> {
         self.0.closure(roots, on).await
+    }
+
+    async fn realisation(&self, key: &RealisationKey) -> Result<Option<Realisation>, RemoteError> {
+        self.0.realisation(key).await
     }
 }
 

@@ -6,13 +6,21 @@ use std::sync::atomic::Ordering;
 
 use narlake_format::api::control::{ControlErrorKind, ControlRequest, ControlResponse, ViewInfo, ViewSpec};
 use narlake_format::nix::store_path::StorePath;
+use narlake_format::nix::worker::{Reply, Request};
 
 use crate::control::Client;
 use crate::kit::{Mood, World, dir, file, outside};
+use crate::nix::Client as Nix;
 
 fn spec(world: &World, name: &str, roots: &[&StorePath]) -> ViewSpec {
     let roots = roots.iter().map(ToString::to_string).collect();
-    ViewSpec { name: name.into(), mount: world.dir.path().join(format!("view-{name}")), roots, token_file: None }
+    ViewSpec {
+        name: name.into(),
+        mount: world.dir.path().join(format!("view-{name}")),
+        roots,
+        token_file: None,
+        nix_socket: None,
+    }
 }
 
 async fn create(client: &mut Client, spec: &ViewSpec) -> ViewInfo {
@@ -146,6 +154,71 @@ async fn views_come_back_with_the_next_daemon() {
     fs::write(world.dir.path().join("cache/views/job/view"), "{}").unwrap();
     let mounted = world.mount().await.unwrap();
     assert!(!is_mounted(&spec.mount));
+    mounted.stop().await;
+}
+
+/// It answers for what the view shows, names itself to Nix, comes back, and goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_has_a_nix_socket_of_its_own() {
+    let world = World::new().await;
+    let library = world.push("library", &file("library"), &[]).await;
+    let program = world.push("program", &dir([("p", file("program"))]), std::slice::from_ref(&library)).await;
+    let other = world.push("other", &file("other"), &[]).await;
+    let Some(mounted) = world.mount().await else { return };
+    let mut client = Client::connect(&mounted.dir).await;
+    let socket = world.dir.path().join("job.sock");
+    let spec = ViewSpec { nix_socket: Some(socket.clone()), ..spec(&world, "job", &[&program]) };
+    create(&mut client, &spec).await;
+    // The daemon's own view knows the other one.
+    assert_eq!(read(mounted.at(&other)).await.unwrap(), "other");
+    let answers = || {
+        let (socket, program, library, other) = (socket.clone(), program.clone(), library.clone(), other.clone());
+        outside(move || {
+            let mut nix = Nix::greet(&socket);
+            let mut all = vec![program.clone(), library];
+            all.sort();
+            assert_eq!(nix.ask(&Request::QueryAllValidPaths), Reply::Paths(all));
+            assert_eq!(nix.ask(&Request::IsValidPath(program)), Reply::Valid(true));
+            assert_eq!(nix.ask(&Request::IsValidPath(other.clone())), Reply::Valid(false));
+            assert_eq!(nix.ask(&Request::QueryPathInfo(other.clone())), Reply::PathInfo(None));
+            assert_eq!(nix.ask(&Request::QueryPathFromHashPart(other.hash)), Reply::Path(None));
+            assert!(matches!(nix.ask(&Request::NarFromPath(other)), Reply::Error(_)));
+        })
+    };
+    answers().await;
+    let at = |name: &str| world.dir.path().join(name);
+    fs::create_dir(at("merged")).unwrap();
+    let view = Some("job".into());
+    let up = ControlRequest::OverlayUp { upper: at("upper"), work: at("work"), merged: at("merged"), view };
+    let ControlResponse::Overlay(info) = client.ask(up).await else { panic!("no overlay") };
+    let lower = format!("lower-store=unix://{}%3Freal={}", socket.display(), spec.mount.display());
+    assert!(info.store_uri.ends_with(&lower), "{}", info.store_uri);
+    let down = ControlRequest::OverlayDown { merged: at("merged"), lazy: false };
+    assert_eq!(client.ask(down).await, ControlResponse::Done);
+    // What cannot be.
+    let with = |nix_socket: PathBuf| {
+        let (name, mount) = ("new".into(), world.dir.path().join("view-new"));
+        ControlRequest::ViewCreate(ViewSpec { name, mount, nix_socket: Some(nix_socket), ..spec.clone() })
+    };
+    let invalid = ControlErrorKind::Invalid;
+    refused(&mut client, with("relative".into()), invalid, "Nix socket").await;
+    refused(&mut client, with(world.dir.path().join("a b")), invalid, "Nix socket").await;
+    refused(&mut client, with(world.dir.path().join("view-new/sock")), invalid, "own mount").await;
+    refused(&mut client, with(socket.clone()), ControlErrorKind::Failed, "listen on").await;
+    refused(&mut client, with(world.dir.path().join("nix.sock")), ControlErrorKind::Failed, "listen on").await;
+    assert!(!is_mounted(&world.dir.path().join("view-new")));
+    answers().await;
+    drop(client);
+    mounted.stop().await;
+    assert!(!socket.exists());
+    // Without a server, out of what is on disk.
+    world.source.set(Mood::Down);
+    let mounted = world.mount().await.unwrap();
+    answers().await;
+    let mut client = Client::connect(&mounted.dir).await;
+    assert_eq!(client.ask(destroy("job", false)).await, ControlResponse::Done);
+    assert!(!socket.exists());
+    drop(client);
     mounted.stop().await;
 }
 

@@ -282,7 +282,7 @@ pub enum OverlayCommand {
         /// Where to mount it, /nix/store for instance
         #[arg(long, value_name = "DIR", alias = "mount")]
         merged: PathBuf,
-        /// View that it is over, by name; mountd's own, which Nix can use, without it
+        /// View that it is over, by name; mountd's own without it. Nix can use one that has a Nix socket
         #[arg(long, value_name = "NAME")]
         view: Option<String>,
         /// Store path whose closure is shown, alone, listed, and by the kernel itself as far as it is cached; may be repeated
@@ -355,6 +355,9 @@ pub enum ViewCommand {
         /// File with a token of its own, on the worker
         #[arg(long = "view-token-file", value_name = "FILE")]
         token_file: Option<PathBuf>,
+        /// Socket on which it answers Nix, as the lower store of an overlay over it
+        #[arg(long, value_name = "PATH")]
+        nix_socket: Option<PathBuf>,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,

@@ -27,10 +27,11 @@ struct Views {
 /// When mountd cannot be reached or refuses.
 pub async fn run(options: &ViewOptions, output: &Output) -> anyhow::Result<Verdict> {
     let (control, request) = match &options.command {
-        ViewCommand::Create { name, mount, roots, token_file, control } => {
+        ViewCommand::Create { name, mount, roots, token_file, nix_socket, control } => {
             let token_file = token_file.as_deref().map(absolute).transpose()?;
+            let nix_socket = nix_socket.as_deref().map(absolute).transpose()?;
             let (name, mount, roots) = (name.clone(), absolute(mount)?, roots.clone());
-            (control, ControlRequest::ViewCreate(ViewSpec { name, mount, roots, token_file }))
+            (control, ControlRequest::ViewCreate(ViewSpec { name, mount, roots, token_file, nix_socket }))
         }
         ViewCommand::List { control } => (control, ControlRequest::ViewList),
         ViewCommand::Destroy { name, lazy, control } => {
@@ -61,6 +62,9 @@ impl Report for Views {
             let mut rows = vec![("view", view.spec.name.clone()), ("mount", mount), ("shows", shows)];
             if let Some(file) = &view.spec.token_file {
                 rows.push(("token", Shown(file).to_string()));
+            }
+            if let Some(socket) = &view.spec.nix_socket {
+                rows.push(("Nix socket", Shown(socket).to_string()));
             }
             if view.overlays > 0 {
                 rows.push(("overlays", view.overlays.to_string()));

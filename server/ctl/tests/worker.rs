@@ -84,8 +84,20 @@ fn overlays() {
 
 #[test]
 fn views() {
-    let spec = ViewSpec { name: "job-1".into(), mount: "/v".into(), roots: vec!["r".into()], token_file: None };
+    let spec = ViewSpec {
+        name: "job-1".into(),
+        mount: "/v".into(),
+        roots: vec!["r".into()],
+        token_file: None,
+        nix_socket: None,
+    };
     let info = ViewInfo { spec: spec.clone(), paths: Some(3), overlays: 0, mounted: true };
+    let with_socket = ViewSpec { nix_socket: Some("/run/job.sock".into()), ..spec.clone() };
+    let shown = ControlResponse::View(ViewInfo { spec: with_socket.clone(), ..info.clone() });
+    let create = ["view", "create", "job-1", "--mount", "/v", "--root", "r", "--nix-socket", "/run/job.sock"];
+    let (asked, ran) = ask(&shown, &create);
+    assert_eq!(asked, ControlRequest::ViewCreate(with_socket));
+    assert!(ran.good().stdout.contains("/run/job.sock"));
     let (asked, ran) =
         ask(&ControlResponse::View(info.clone()), &["view", "create", "job-1", "--mount", "/v/", "--root", "r"]);
     assert_eq!(asked, ControlRequest::ViewCreate(spec));

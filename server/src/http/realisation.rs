@@ -1,9 +1,13 @@
 //! Realisations of content-addressed derivations, under both of the URLs that versions of Nix use for them.
+//!
+//! Who may push a realisation may push content under any input-addressed path as well. So it is signed as a path is, with
+//! the cache's keys, and workers that trust those keys build on it (docs/decisions/0020-realisations-are-signed.md).
 
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
+use narlake_format::api::ABSENT_HEADER;
 use narlake_format::limits::REALISATION_MAX;
 use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_storage::{Cache, DocumentKey};
@@ -77,14 +81,18 @@ async fn fetch(shared: &Shared, cache: &Cache, url: &str) -> Result<Response, Ht
     let key = DocumentKey::Realisation(key(url)?);
     let buffer = shared.answers.take(REALISATION_MAX).await?;
     let document = shared.lake.get_document(cache, &key).await?;
-    let document = document.ok_or_else(|| HttpError::not_found(format!("there is no {url}")))?;
+    let absent = || {
+        let mark = (HeaderName::from_static(ABSENT_HEADER), HeaderValue::from_static("realisation"));
+        HttpError::not_found(format!("there is no {url}")).with(mark.0, mark.1)
+    };
+    let document = document.ok_or_else(absent)?;
     let (length, body) = body::held(shared, buffer.join(document));
     Ok(([(header::CONTENT_TYPE, "application/json")], length, body).into_response())
 }
 
 async fn keep(shared: &Shared, cache: &Cache, url: &str, text: bytes::Bytes) -> Result<StatusCode, HttpError> {
     let key = key(url)?;
-    Realisation::parse(&key, &text)?;
-    shared.lake.put_document(cache, &DocumentKey::Realisation(key), text).await?;
+    let signed = Realisation::sign(&key, &text, shared.signers.keys())?;
+    shared.lake.put_document(cache, &DocumentKey::Realisation(key), signed.into()).await?;
     Ok(StatusCode::CREATED)
 }

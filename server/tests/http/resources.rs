@@ -4,6 +4,7 @@ use reqwest::Method;
 
 use super::common::*;
 use narlake_format::nix::compression::Compression;
+use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::store_path::StoreDir;
 
 #[tokio::test]
@@ -151,7 +152,17 @@ async fn realisations_under_both_urls() {
         ),
     ] {
         assert_eq!(server.put(&put, body.clone()).await.0, 201, "{put}");
-        assert_eq!(server.get(&get).await, (200.try_into().unwrap(), body.clone()), "{get}");
+        let (status, found) = server.get(&get).await;
+        assert_eq!(status, 200, "{get}");
+        // As it came, and signed.
+        let key: RealisationKey = put.replace("%3A", ":").replace("%21", "!").parse().unwrap();
+        let realisation = Realisation::parse(&key, found.as_bytes()).unwrap();
+        assert!(realisation.is_signed_by(&key, server.app.public_keys()));
+        let unsigned = Realisation { signatures: Vec::new(), ..realisation };
+        assert_eq!(unsigned, Realisation::parse(&key, body.as_bytes()).unwrap());
+        // Pushed again, it stays.
+        assert_eq!(server.put(&put, found.clone()).await.0, 201, "{put}");
+        assert_eq!(server.get(&get).await.1, found, "{get}");
     }
     for (path, body) in [
         (format!("realisations/sha256:{hex}!dev.doi"), by_hash.as_str()),

@@ -34,8 +34,8 @@ pub const API_VERSION: u32 = 1;
 /// Path under which version 1 of the lake API is served.
 pub const PREFIX: &str = "/api/v1";
 
-/// Header that marks the server's own "the cache has no such path". A 404 without it, from a proxy or for a wrong URL,
-/// says nothing about the path.
+/// Header that marks the server's own "the cache has no such path", or realisation. A 404 without it, from a proxy or for
+/// a wrong URL, says nothing about the path.
 pub const ABSENT_HEADER: &str = "narlake-absent";
 
 /// Header that marks an answer which failed because what is stored is missing or damaged: to ask again at once is no use.

@@ -32,6 +32,10 @@ pub const REALISATION_MAX: usize = 1 << 20;
 pub const WORKER_STRING_MAX: usize = 64 * 1024;
 /// Most strings of one list of a worker protocol message.
 pub const WORKER_LIST_MAX: usize = CLOSURE_MAX;
+/// Most features that a client of the worker protocol may name, and the longest name, in bytes.
+pub const WORKER_FEATURES_MAX: usize = 256;
+/// See [`WORKER_FEATURES_MAX`].
+pub const WORKER_FEATURE_NAME_MAX: usize = 256;
 /// Largest worker protocol request, in bytes: a closure's worth of paths of the longest name.
 pub const WORKER_REQUEST_MAX: usize = 32 << 20;
 

@@ -17,7 +17,9 @@ use narlake_format::nix::realisation::{Realisation, RealisationKey};
 use narlake_format::nix::signature::{PublicKey, SecretKey};
 use narlake_format::nix::store_path::StoreDir;
 use narlake_format::nix::worker::handshake::{MAGIC_CLIENT, MAGIC_SERVER};
-use narlake_format::nix::worker::{Decoded, Handshake, Operation, PathInfo, Reply, Request, Trust, Version};
+use narlake_format::nix::worker::{
+    Decoded, Features, Handshake, Operation, PathInfo, Reply, Request, Session, Trust, Version,
+};
 
 /// The folders of the Nix versions.
 fn versions() -> Vec<PathBuf> {
@@ -213,7 +215,12 @@ fn realisations() {
             let url = format!("realisations/{}", path.file_name().unwrap().to_str().unwrap());
             let key: RealisationKey = url.parse().unwrap();
             assert_eq!(key.to_string(), url);
-            let realisation = Realisation::parse(&key, &fs::read(&path).unwrap()).unwrap();
+            let document = fs::read(&path).unwrap();
+            let realisation = Realisation::parse(&key, &document).unwrap();
+            assert_eq!(realisation.to_document(&key).as_bytes(), document);
+            // Nix signs the document as it writes it, without the signatures.
+            let unsigned = String::from_utf8(document).unwrap().replace(",\"signatures\":[]", "");
+            assert_eq!(realisation.fingerprint(&key), unsigned);
             let narinfo = version.join(format!("cache/{}.narinfo", realisation.out_path.hash));
             assert!(narinfo.exists());
             found += 1;
@@ -282,7 +289,7 @@ fn a_conversation_with_a_daemon() {
                 Decoded::Incomplete { .. } => panic!("{}", version.display()),
             }
         };
-        assert_eq!(spoken, Version::MAX);
+        assert_eq!(spoken, Session { version: Version::MAX, features: Features::default() });
         // The daemon's side has ours but for names: magic, version, features, name, trust, end.
         assert_eq!(take(&mut server), MAGIC_SERVER);
         assert_eq!(take(&mut server), Version::MAX.0);
@@ -296,8 +303,9 @@ fn a_conversation_with_a_daemon() {
         let infos = narinfos(&version);
         let mut asked = 0;
         while !client.is_empty() {
-            let Ok(Decoded::Complete { value: Ok(request), length }) = Request::decode(&dir, client) else {
-                panic!("{:?}", Request::decode(&dir, client));
+            let Ok(Decoded::Complete { value: Ok(request), length }) = Request::decode(&dir, spoken.features, client)
+            else {
+                panic!("{:?}", Request::decode(&dir, spoken.features, client));
             };
             let mut copy = Vec::new();
             request.encode(&dir, &mut copy);
@@ -305,8 +313,8 @@ fn a_conversation_with_a_daemon() {
             client = &client[length..];
 
             drop_log(&mut server);
-            let Decoded::Complete { value: reply, length } = Reply::decode(&dir, request.operation(), server).unwrap()
-            else {
+            let reply = Reply::decode(&dir, spoken.features, request.operation(), server).unwrap();
+            let Decoded::Complete { value: reply, length } = reply else {
                 panic!("no whole reply to {request:?}");
             };
             let mut copy = Vec::new();

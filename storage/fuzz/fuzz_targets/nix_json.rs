@@ -12,6 +12,8 @@ fuzz_target!(|bytes: &[u8]| {
     let url = lines.next().and_then(|line| std::str::from_utf8(line).ok());
     if let (Some(key), Some(document)) = (url.and_then(|url| url.parse::<RealisationKey>().ok()), lines.next()) {
         assert_eq!(key.to_string().parse(), Ok(key.clone()));
-        let _ = Realisation::parse(&key, document);
+        if let Ok(realisation) = Realisation::parse(&key, document) {
+            assert_eq!(Realisation::parse(&key, realisation.to_document(&key).as_bytes()), Ok(realisation));
+        }
     }
 });

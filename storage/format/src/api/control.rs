@@ -212,6 +212,9 @@ pub struct ViewSpec {
     /// File with a token of its own: the view shows what that may see, and shares no record with others.
     #[serde(default)]
     pub token_file: Option<PathBuf>,
+    /// Socket on which it answers Nix, for what it shows alone; made with the view, and gone with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nix_socket: Option<PathBuf>,
 }
 
 /// A view that was created.

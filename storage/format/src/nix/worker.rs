@@ -1,6 +1,7 @@
 //! The worker protocol: how Nix talks to a daemon, as far as a read-only lower store needs it.
 //!
-//! Versions 1.33 to 1.38, advertised as 1.38 without features, which is what Nix 2.26 to 2.36 speak with such a server.
+//! Versions 1.33 to 1.38, advertised as 1.38, which is what Nix 2.26 to 2.36 speak with such a server, with the one feature
+//! that a lower store has a use for ([`Features`]).
 //! After the [`handshake`] the client sends one [`request`] at a time and waits for its [`reply`]; whoever serves the
 //! socket appends what it reads to a buffer and calls the decoders again until they are complete. No reply carries log
 //! messages. docs/format/worker-protocol.md lists every message byte for byte.
@@ -13,8 +14,8 @@ pub mod reply;
 pub mod request;
 pub mod wire;
 
-pub use handshake::{Handshake, Trust, Version};
-pub use reply::{Missing, PathInfo, Reply};
+pub use handshake::{Features, Handshake, Session, Trust, Version};
+pub use reply::{Missing, PathInfo, Realised, Reply};
 pub use request::{Operation, Request};
 pub use wire::Decoded;
 

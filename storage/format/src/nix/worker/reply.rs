@@ -1,5 +1,6 @@
 //! What a lower store answers.
 
+use super::handshake::Features;
 use super::request::Operation;
 use super::wire::{Cursor, Decoded, Stop, decode, put_list, put_string, put_u64, text};
 use super::{STDERR_ERROR, STDERR_LAST, WorkerError};
@@ -25,8 +26,10 @@ pub enum Reply {
     Path(Option<StorePath>),
     /// To `QueryAllValidPaths`, `QueryReferrers`, `QueryValidDerivers` and `QueryValidPaths`.
     Paths(Vec<StorePath>),
-    /// To `QueryRealisation`: the documents, at most one.
+    /// To `QueryRealisation` by the derivation's hash: the documents, at most one.
     Realisations(Vec<String>),
+    /// To `QueryRealisation` by the derivation's path.
+    Realised(Option<Realised>),
     /// To `QueryMissing`.
     Missing(Missing),
     /// To `NarFromPath`. The NAR follows, without any framing.
@@ -73,6 +76,15 @@ impl PathInfo {
     }
 }
 
+/// What an output turned out to be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Realised {
+    /// Its path.
+    pub out_path: StorePath,
+    /// Signatures over the realisation's fingerprint.
+    pub signatures: Vec<Signature>,
+}
+
 /// What it would take to make paths valid.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Missing {
@@ -114,6 +126,12 @@ impl Reply {
             Self::Path(path) => put_path(dir, out, path.as_ref()),
             Self::Paths(paths) => put_paths(dir, out, paths),
             Self::Realisations(documents) => put_list(out, documents.iter()),
+            Self::Realised(None) => put_u64(out, 0),
+            Self::Realised(Some(realised)) => {
+                put_u64(out, 1);
+                put_path(dir, out, Some(&realised.out_path));
+                put_list(out, realised.signatures.iter().map(Signature::to_string));
+            }
             Self::Missing(missing) => {
                 put_paths(dir, out, &missing.will_build);
                 put_paths(dir, out, &missing.will_substitute);
@@ -125,7 +143,12 @@ impl Reply {
     }
 
     /// Reads the reply to an operation that starts a buffer, as a client does.
-    pub fn decode(dir: &StoreDir, operation: Operation, buffer: &[u8]) -> Result<Decoded<Self>, WorkerError> {
+    pub fn decode(
+        dir: &StoreDir,
+        features: Features,
+        operation: Operation,
+        buffer: &[u8],
+    ) -> Result<Decoded<Self>, WorkerError> {
         decode(buffer, |cursor| {
             let offset = 0;
             match cursor.u64()? {
@@ -146,6 +169,9 @@ impl Reply {
                 | Operation::QueryReferrers
                 | Operation::QueryValidDerivers
                 | Operation::QueryValidPaths => Self::Paths(read_paths(dir, cursor)?),
+                Operation::QueryRealisation if features.realisation_by_path => {
+                    Self::Realised(read_realised(dir, cursor)?)
+                }
                 Operation::QueryRealisation => Self::Realisations(
                     cursor.list()?.into_iter().map(|bytes| Ok(text(bytes)?.to_owned())).collect::<Result<_, Stop>>()?,
                 ),
@@ -163,7 +189,7 @@ impl Reply {
 }
 
 /// The form of errors since 1.26: type, level, name, message, no position, no traces.
-fn encode_error(message: &str, out: &mut Vec<u8>) {
+pub(super) fn encode_error(message: &str, out: &mut Vec<u8>) {
     put_u64(out, STDERR_ERROR);
     put_string(out, "Error");
     put_u64(out, 0);
@@ -197,12 +223,24 @@ fn read_info(dir: &StoreDir, cursor: &mut Cursor<'_>) -> Result<Option<PathInfo>
         registration_time: cursor.u64()?,
         nar_size: cursor.u64()?,
         ultimate: cursor.bool("ultimate")?,
-        signatures: cursor.list()?.into_iter().map(|bytes| Ok(text(bytes)?.parse()?)).collect::<Result<_, Stop>>()?,
+        signatures: read_signatures(cursor)?,
         ca: match text(cursor.bytes()?)? {
             "" => None,
             ca => Some(ca.parse()?),
         },
     }))
+}
+
+fn read_realised(dir: &StoreDir, cursor: &mut Cursor<'_>) -> Result<Option<Realised>, Stop> {
+    if !cursor.bool("presence")? {
+        return Ok(None);
+    }
+    let out_path = StorePath::parse_absolute(dir, text(cursor.bytes()?)?)?;
+    Ok(Some(Realised { out_path, signatures: read_signatures(cursor)? }))
+}
+
+fn read_signatures(cursor: &mut Cursor<'_>) -> Result<Vec<Signature>, Stop> {
+    cursor.list()?.into_iter().map(|bytes| Ok(text(bytes)?.parse()?)).collect()
 }
 
 fn read_path(dir: &StoreDir, cursor: &mut Cursor<'_>) -> Result<Option<StorePath>, Stop> {

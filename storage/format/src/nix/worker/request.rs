@@ -1,9 +1,10 @@
 //! What a client may ask of a lower store.
 
 use super::WorkerError;
+use super::handshake::Features;
 use super::wire::{Cursor, Decoded, Stop, decode, put_list, put_string, put_u64, text};
 use crate::error::FormatError;
-use crate::nix::realisation::DrvOutput;
+use crate::nix::realisation::RealisationKey;
 use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 
 macro_rules! operations {
@@ -100,8 +101,9 @@ pub enum Request {
     /// See [`Operation::QueryMissing`]. Each target by its path, or by its derivation where it is an output of one:
     /// which outputs are meant is passed over, since a lower store does not build.
     QueryMissing(Vec<StorePath>),
-    /// See [`Operation::QueryRealisation`].
-    QueryRealisation(DrvOutput),
+    /// See [`Operation::QueryRealisation`]. The derivation is named by its path where that is a feature of the session, else
+    /// by its hash.
+    QueryRealisation(RealisationKey),
 }
 
 impl Request {
@@ -109,8 +111,12 @@ impl Request {
     ///
     /// An error inside means that a field holds what it must not: the request is to be answered with an error, and the
     /// connection goes on behind it. An error outside ends the connection.
-    pub fn decode(dir: &StoreDir, buffer: &[u8]) -> Result<Decoded<Result<Self, FormatError>>, WorkerError> {
-        decode(buffer, |cursor| Self::read(dir, cursor))
+    pub fn decode(
+        dir: &StoreDir,
+        features: Features,
+        buffer: &[u8],
+    ) -> Result<Decoded<Result<Self, FormatError>>, WorkerError> {
+        decode(buffer, |cursor| Self::read(dir, features, cursor))
     }
 
     /// Appends the request, as a client sends it.
@@ -132,7 +138,11 @@ impl Request {
                 put_u64(out, u64::from(*substitute));
             }
             Self::QueryMissing(paths) => put_list(out, paths.iter().map(|path| path.display_in(dir).to_string())),
-            Self::QueryRealisation(id) => put_string(out, &id.to_string()),
+            Self::QueryRealisation(RealisationKey::Hash(id)) => put_string(out, &id.to_string()),
+            Self::QueryRealisation(RealisationKey::Path { drv, output }) => {
+                put_string(out, &drv.display_in(dir).to_string());
+                put_string(out, output.as_str());
+            }
         }
     }
 
@@ -157,7 +167,7 @@ impl Request {
     }
 
     /// Reads the whole frame before any field is looked at, so that a bad field leaves the connection in step.
-    fn read(dir: &StoreDir, cursor: &mut Cursor<'_>) -> Result<Result<Self, FormatError>, Stop> {
+    fn read(dir: &StoreDir, features: Features, cursor: &mut Cursor<'_>) -> Result<Result<Self, FormatError>, Stop> {
         let code = cursor.u64()?;
         let operation = Operation::from_code(code).ok_or(WorkerError::Operation { code })?;
         let path = |bytes: &[u8]| StorePath::parse_absolute(dir, text(bytes)?);
@@ -193,7 +203,16 @@ impl Request {
                 let target = |bytes: &[u8]| path(bytes.split(|byte| *byte == b'!').next().unwrap_or_default());
                 cursor.list()?.into_iter().map(target).collect::<Result<_, _>>().map(Self::QueryMissing)
             }
-            Operation::QueryRealisation => text(cursor.bytes()?).and_then(str::parse).map(Self::QueryRealisation),
+            Operation::QueryRealisation if features.realisation_by_path => {
+                let (drv, output) = (cursor.bytes()?, cursor.bytes()?);
+                let output = text(output).and_then(str::parse);
+                let key = path(drv).and_then(|drv| Ok(RealisationKey::Path { drv, output: output? }));
+                key.map(Self::QueryRealisation)
+            }
+            Operation::QueryRealisation => {
+                let id = text(cursor.bytes()?).and_then(str::parse);
+                id.map(|id| Self::QueryRealisation(RealisationKey::Hash(id)))
+            }
         })
     }
 }

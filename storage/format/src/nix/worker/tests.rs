@@ -2,12 +2,12 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
-use super::handshake::{MAGIC_CLIENT, MAGIC_SERVER};
+use super::handshake::{MAGIC_CLIENT, MAGIC_SERVER, refusal};
 use super::wire::{put_list, put_string, put_u64};
 use super::*;
 use crate::error::FormatError;
-use crate::limits::{WORKER_LIST_MAX, WORKER_STRING_MAX};
-use crate::nix::realisation::DrvOutput;
+use crate::limits::{WORKER_FEATURE_NAME_MAX, WORKER_FEATURES_MAX, WORKER_LIST_MAX, WORKER_STRING_MAX};
+use crate::nix::realisation::{DrvOutput, RealisationKey};
 use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use crate::nix::strategies::{content_address, name, sha256, signature, store_path, store_paths};
 
@@ -21,25 +21,45 @@ fn string(text: &str) -> Vec<u8> {
     out
 }
 
-/// Runs a handshake over what a client sends, a byte at a time.
-fn shake(client: &[u8]) -> Result<(Option<Version>, Vec<u8>), WorkerError> {
+/// Runs a handshake over what a client sends, a byte at a time; what the server says comes also where it ends in an
+/// error.
+fn shake_on(client: &[u8]) -> (Result<Option<Session>, WorkerError>, Vec<u8>) {
     let mut handshake = Handshake::new("narlake", Trust::NotTrusted);
     let (mut buffer, mut out) = (Vec::new(), Vec::new());
     let mut client = client.iter();
     loop {
-        match handshake.step(&buffer, &mut out)? {
-            Decoded::Complete { value: Some(version), .. } => {
+        match handshake.step(&buffer, &mut out) {
+            Ok(Decoded::Complete { value: Some(session), .. }) => {
                 assert!(client.next().is_none());
-                return Ok((Some(version), out));
+                return (Ok(Some(session)), out);
             }
-            Decoded::Complete { value: None, length } => drop(buffer.drain(..length)),
-            Decoded::Incomplete { needed } => {
+            Ok(Decoded::Complete { value: None, length }) => drop(buffer.drain(..length)),
+            Ok(Decoded::Incomplete { needed }) => {
                 assert!(needed > buffer.len());
-                let Some(byte) = client.next() else { return Ok((None, out)) };
+                let Some(byte) = client.next() else { return (Ok(None), out) };
                 buffer.push(*byte);
             }
+            Err(error) => return (Err(error), out),
         }
     }
+}
+
+/// The version agreed on, and what the server said.
+fn shake(client: &[u8]) -> Result<(Option<Version>, Vec<u8>), WorkerError> {
+    let (session, out) = shake_on(client);
+    Ok((session?.map(|session| session.version), out))
+}
+
+const FEATURE: &str = "realisation-with-path-not-hash";
+
+const BY_HASH: Features = Features { realisation_by_path: false };
+
+/// A greeting of 1.38 with these features.
+fn greeting(features: &[&str]) -> Vec<u8> {
+    let mut client = words(&[MAGIC_CLIENT, 0x126]);
+    put_list(&mut client, features.iter());
+    client.extend(words(&[0, 0]));
+    client
 }
 
 #[test]
@@ -47,11 +67,8 @@ fn handshakes() {
     let hello = |version| words(&[MAGIC_SERVER, 0x126]).into_iter().chain(version).collect::<Vec<_>>();
     let name = string("narlake");
     // 1.38: features, here one that is not known; affinity and reserved space.
-    let mut client = words(&[MAGIC_CLIENT, 0x126, 1]);
-    client.extend(string("something-new"));
-    client.extend(words(&[0, 0]));
-    let newest = hello([words(&[0]), name.clone(), words(&[2, STDERR_LAST])].concat());
-    assert_eq!(shake(&client), Ok((Some(Version(0x126)), newest.clone())));
+    let newest = hello([words(&[1]), string(FEATURE), name.clone(), words(&[2, STDERR_LAST])].concat());
+    assert_eq!(shake(&greeting(&["something-new"])), Ok((Some(Version(0x126)), newest.clone())));
     // A newer client is spoken to as 1.38.
     assert_eq!(shake(&words(&[MAGIC_CLIENT, 0x13c, 0, 0, 0])), Ok((Some(Version(0x126)), newest)));
     let older = hello([name.clone(), words(&[2, STDERR_LAST])].concat());
@@ -60,16 +77,59 @@ fn handshakes() {
     let oldest = hello([name, words(&[STDERR_LAST])].concat());
     assert_eq!(shake(&words(&[MAGIC_CLIENT, 0x121, 0, 0])), Ok((Some(Version(0x121)), oldest)));
 
-    // The server answers the first 16 bytes without waiting for more.
-    assert_eq!(shake(&words(&[MAGIC_CLIENT, 0x126])), Ok((None, hello(vec![]))));
-    assert_eq!(shake(&words(&[MAGIC_CLIENT])), Ok((None, vec![])));
-
-    for version in [0x120, 0x112, 0x026, 0x226, u64::MAX] {
-        let version = Version(version);
-        assert_eq!(shake(&words(&[MAGIC_CLIENT, version.0])), Err(WorkerError::Version { version }));
-    }
+    // Clients before Nix 2.25 say their version only when they have heard the server's.
+    assert_eq!(shake(&words(&[MAGIC_CLIENT])), Ok((None, hello(vec![]))));
+    assert_eq!(shake(&words(&[MAGIC_CLIENT])[..7]), Ok((None, vec![])));
     assert_eq!(shake(b"GET / HTTP/1.1\r\n"), Err(WorkerError::Magic { magic: u64::from_le_bytes(*b"GET / HT") }));
-    assert!(WorkerError::Version { version: Version(0x112) }.to_string().contains("version 1.18"));
+}
+
+#[test]
+fn a_version_that_is_not_spoken_is_told_in_its_own_form() {
+    for version in [0, 0x026, 0x10a, 0x112, 0x11a, 0x120, 0x226, u64::MAX] {
+        let version = Version(version);
+        let (session, out) = shake_on(&words(&[MAGIC_CLIENT, version.0]));
+        let error = WorkerError::Version { version };
+        let text = string(&error.to_string());
+        let told = match version.0 {
+            // Message and exit status; from 1.26 type, level, name, message, position, traces.
+            ..0x11a => [words(&[STDERR_ERROR]), text, words(&[1])].concat(),
+            _ => {
+                let head = [words(&[STDERR_ERROR]), string("Error"), words(&[0]), string("Error")].concat();
+                [head, text, words(&[0, 0])].concat()
+            }
+        };
+        assert_eq!(out, [words(&[MAGIC_SERVER, 0x126]), told].concat(), "{version}");
+        assert_eq!(session, Err(error));
+    }
+    assert!(WorkerError::Version { version: Version(0x10a) }.to_string().contains("version 1.10"));
+}
+
+#[test]
+fn features_are_those_of_both() {
+    let agreed = |features: &[&str]| shake_on(&greeting(features)).0.map(|session| session.unwrap().features);
+    assert_eq!(agreed(&[]), Ok(BY_HASH));
+    assert_eq!(agreed(&["delete-dead-specific-referrers", ""]), Ok(BY_HASH));
+    assert_eq!(agreed(&["realisation-with-path-not-hash "]), Ok(BY_HASH));
+    assert_eq!(agreed(&["disable-set-options", FEATURE, FEATURE]), Ok(Features::ALL));
+    // As long as a list may be, and no longer.
+    let many = vec![FEATURE; WORKER_FEATURES_MAX + 1];
+    assert_eq!(agreed(&many[1..]), Ok(Features::ALL));
+    assert!(matches!(agreed(&many), Err(WorkerError::Frame { .. })));
+    let long = "x".repeat(WORKER_FEATURE_NAME_MAX + 1);
+    assert_eq!(agreed(&[&long[1..]]), Ok(BY_HASH));
+    assert!(matches!(agreed(&[&long]), Err(WorkerError::Frame { .. })));
+    // Refused at the length word, not when it has all come.
+    for length in [u64::MAX, WORKER_FEATURES_MAX as u64 + 1] {
+        let (session, _) = shake_on(&words(&[MAGIC_CLIENT, 0x126, length]));
+        assert!(matches!(session, Err(WorkerError::Frame { .. })), "{session:?}");
+    }
+}
+
+#[test]
+fn a_refusal_is_a_whole_conversation() {
+    let error = [words(&[STDERR_ERROR]), string("Error"), words(&[0]), string("Error"), string("no"), words(&[0, 0])];
+    let expected = [words(&[MAGIC_SERVER, 0x125]), string("narlake"), words(&[2]), error.concat()].concat();
+    assert_eq!(refusal("narlake", "no"), expected);
 }
 
 const PATH: &str = "/nix/store/p4pclmv1gyja5kzc26npqpia1qqxrf0l-ruby-2.7.3";
@@ -80,7 +140,7 @@ fn path() -> StorePath {
 
 #[track_caller]
 fn complete(bytes: &[u8]) -> Result<Request, FormatError> {
-    match Request::decode(&StoreDir::default(), bytes).unwrap() {
+    match Request::decode(&StoreDir::default(), BY_HASH, bytes).unwrap() {
         Decoded::Complete { value, length } => {
             assert_eq!(length, bytes.len());
             value
@@ -122,8 +182,21 @@ fn requests() {
     let id = format!("{}!out", "sha256:6b4cb47672f7e2adff9e58f684d1b149c503928be6b6130bee23231ee4d10363");
     assert_eq!(
         complete(&[words(&[43]), string(&id)].concat()),
-        Ok(Request::QueryRealisation(id.parse::<DrvOutput>().unwrap()))
+        Ok(Request::QueryRealisation(RealisationKey::Hash(id.parse().unwrap())))
     );
+    let by_path = [words(&[43]), string(PATH), string("out")].concat();
+    let key = RealisationKey::Path { drv: path(), output: "out".parse().unwrap() };
+    let decode = |bytes: &[u8]| Request::decode(&StoreDir::default(), Features::ALL, bytes);
+    let whole = Decoded::Complete { value: Ok(Request::QueryRealisation(key)), length: by_path.len() };
+    assert_eq!(decode(&by_path), Ok(whole));
+    // A bad field leaves the connection in step.
+    for (drv, output) in [("ruby", "out"), (PATH, ""), (PATH, "../out")] {
+        let bytes = [words(&[43]), string(drv), string(output)].concat();
+        match decode(&bytes) {
+            Ok(Decoded::Complete { value: Err(_), length }) => assert_eq!(length, bytes.len()),
+            other => panic!("{other:?}"),
+        }
+    }
     for operation in Operation::ALL {
         assert_eq!(Operation::from_code(*operation as u64), Some(*operation));
     }
@@ -131,7 +204,7 @@ fn requests() {
 
 #[test]
 fn requests_that_end_the_connection() {
-    let decode = |bytes: &[u8]| Request::decode(&StoreDir::default(), bytes);
+    let decode = |bytes: &[u8]| Request::decode(&StoreDir::default(), BY_HASH, bytes);
     for code in [0, 2, 7, 39, 1000, u64::MAX] {
         assert_eq!(decode(&words(&[code])), Err(WorkerError::Operation { code }));
     }
@@ -172,6 +245,11 @@ fn replies() {
         (Reply::Path(Some(path())), [words(&[last]), string(PATH)].concat()),
         (Reply::Paths(vec![path()]), [words(&[last, 1]), string(PATH)].concat()),
         (Reply::Realisations(vec!["{}".into()]), [words(&[last, 1]), string("{}")].concat()),
+        (Reply::Realised(None), words(&[last, 0])),
+        (
+            Reply::Realised(Some(Realised { out_path: path(), signatures: vec![] })),
+            [words(&[last, 1]), string(PATH), words(&[0])].concat(),
+        ),
         (Reply::Missing(Missing::default()), words(&[last, 0, 0, 0, 0, 0])),
         (
             Reply::Error("gone".into()),
@@ -191,9 +269,19 @@ fn request() -> impl Strategy<Value = Request> {
         any::<[u8; 20]>().prop_map(|hash| Request::QueryPathFromHashPart(StorePathHash::from_bytes(hash))),
         (store_paths(), any::<bool>()).prop_map(|(paths, substitute)| Request::QueryValidPaths { paths, substitute }),
         store_paths().prop_map(Request::QueryMissing),
-        (sha256(), name()).prop_map(|(drv_hash, output)| Request::QueryRealisation(DrvOutput { drv_hash, output })),
+        (sha256(), name()).prop_map(|(drv_hash, output)| {
+            Request::QueryRealisation(RealisationKey::Hash(DrvOutput { drv_hash, output }))
+        }),
+        (store_path(), name())
+            .prop_map(|(drv, output)| Request::QueryRealisation(RealisationKey::Path { drv, output })),
         Just(Request::QueryAllValidPaths),
     ]
+}
+
+/// The features of a session in which a request has this form.
+fn features_of(request: &Request) -> Features {
+    let by_path = matches!(request, Request::QueryRealisation(RealisationKey::Path { .. }));
+    Features { realisation_by_path: by_path }
 }
 
 fn reply() -> impl Strategy<Value = (Operation, Reply)> {
@@ -220,6 +308,10 @@ fn reply() -> impl Strategy<Value = (Operation, Reply)> {
         missing.prop_map(|missing| (Operation::QueryMissing, missing)),
         any::<bool>().prop_map(|valid| (Operation::IsValidPath, Reply::Valid(valid))),
         vec(".{0,20}", 0..3).prop_map(|texts| (Operation::QueryRealisation, Reply::Realisations(texts))),
+        option::of((store_path(), vec(signature(), 0..3))).prop_map(|realised| {
+            let realised = realised.map(|(out_path, signatures)| Realised { out_path, signatures });
+            (Operation::QueryRealisation, Reply::Realised(realised))
+        }),
         (".{0,40}").prop_map(|message| (Operation::IsValidPath, Reply::Error(message))),
     ]
 }
@@ -227,30 +319,30 @@ fn reply() -> impl Strategy<Value = (Operation, Reply)> {
 proptest! {
     #[test]
     fn request_round_trip(request in request(), next: Vec<u8>) {
-        let dir = StoreDir::default();
+        let (dir, features) = (StoreDir::default(), features_of(&request));
         let mut bytes = Vec::new();
         request.encode(&dir, &mut bytes);
         let length = bytes.len();
         for cut in 0..length {
-            match Request::decode(&dir, &bytes[..cut]) {
+            match Request::decode(&dir, features, &bytes[..cut]) {
                 Ok(Decoded::Incomplete { needed }) => prop_assert!(needed > cut && needed <= length),
                 other => prop_assert!(false, "{:?} at {}", other, cut),
             }
         }
         // What follows is not touched.
         bytes.extend(next);
-        prop_assert_eq!(Request::decode(&dir, &bytes), Ok(Decoded::Complete { value: Ok(request), length }));
+        prop_assert_eq!(Request::decode(&dir, features, &bytes), Ok(Decoded::Complete { value: Ok(request), length }));
     }
 
     #[test]
     fn damage_shows(request in request()) {
-        let dir = StoreDir::default();
+        let (dir, features) = (StoreDir::default(), features_of(&request));
         let mut bytes = Vec::new();
         request.encode(&dir, &mut bytes);
         let intact = Ok(Decoded::Complete { value: Ok(request), length: bytes.len() });
         for bit in 0..bytes.len() * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);
-            prop_assert_ne!(&Request::decode(&dir, &bytes), &intact, "bit {}", bit);
+            prop_assert_ne!(&Request::decode(&dir, features, &bytes), &intact, "bit {}", bit);
             bytes[bit / 8] ^= 1 << (bit % 8);
         }
     }
@@ -258,16 +350,17 @@ proptest! {
     #[test]
     fn reply_round_trip((operation, reply) in reply()) {
         let dir = StoreDir::default();
+        let features = Features { realisation_by_path: matches!(reply, Reply::Realised(_)) };
         let mut bytes = Vec::new();
         reply.encode(&dir, &mut bytes);
         let length = bytes.len();
         for cut in 0..length {
-            match Reply::decode(&dir, operation, &bytes[..cut]) {
+            match Reply::decode(&dir, features, operation, &bytes[..cut]) {
                 Ok(Decoded::Incomplete { needed }) => prop_assert!(needed > cut && needed <= length),
                 other => prop_assert!(false, "{:?} at {}", other, cut),
             }
         }
-        prop_assert_eq!(Reply::decode(&dir, operation, &bytes), Ok(Decoded::Complete { value: reply, length }));
+        prop_assert_eq!(Reply::decode(&dir, features, operation, &bytes), Ok(Decoded::Complete { value: reply, length }));
     }
 
     #[test]
@@ -275,8 +368,10 @@ proptest! {
         let dir = StoreDir::default();
         let mut bytes = words(&[operation as u64]);
         bytes.extend(&tail);
-        let _ = Request::decode(&dir, &bytes);
-        let _ = Reply::decode(&dir, operation, &tail);
+        for features in [BY_HASH, Features::ALL] {
+            let _ = Request::decode(&dir, features, &bytes);
+            let _ = Reply::decode(&dir, features, operation, &tail);
+        }
         let _ = shake(&tail);
     }
 

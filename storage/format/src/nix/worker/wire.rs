@@ -102,8 +102,12 @@ impl<'a> Cursor<'a> {
     }
 
     pub(super) fn bytes(&mut self) -> Result<&'a [u8], Stop> {
+        self.bytes_to(WORKER_STRING_MAX)
+    }
+
+    fn bytes_to(&mut self, max: usize) -> Result<&'a [u8], Stop> {
         let offset = self.at;
-        let length = self.length("length of string", WORKER_STRING_MAX)?;
+        let length = self.length("length of string", max)?;
         let padded = length + padding(length);
         let end = self.at + padded;
         let bytes = self.bytes.get(self.at..end).ok_or(Stop::Incomplete(end))?;
@@ -116,7 +120,12 @@ impl<'a> Cursor<'a> {
     }
 
     pub(super) fn list(&mut self) -> Result<Vec<&'a [u8]>, Stop> {
-        let count = self.length("length of list", WORKER_LIST_MAX)?;
+        self.list_to(WORKER_LIST_MAX, WORKER_STRING_MAX)
+    }
+
+    /// A list of at most so many strings, each of at most so many bytes.
+    pub(super) fn list_to(&mut self, count_max: usize, string_max: usize) -> Result<Vec<&'a [u8]>, Stop> {
+        let count = self.length("length of list", count_max)?;
         // Each string takes a length word at the least. Asking for those of all strings that are still to come keeps a
         // long list that arrives in pieces from being decoded from its start for each string.
         let least = |at: usize, strings: usize| at.saturating_add(8 * strings);
@@ -125,7 +134,7 @@ impl<'a> Cursor<'a> {
         }
         let mut strings = Vec::with_capacity(count);
         for remaining in (0..count).rev() {
-            strings.push(self.bytes().map_err(|stop| match stop {
+            strings.push(self.bytes_to(string_max).map_err(|stop| match stop {
                 Stop::Incomplete(needed) => Stop::Incomplete(least(needed, remaining)),
                 Stop::Error(error) => Stop::Error(error),
             })?);
