@@ -8,7 +8,7 @@
 //! | [`control`] | the worker's mountd over its control socket |
 //! | [`dump`] | a file tree on disk as a NAR |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
-//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`completions`] | one command each |
+//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`worker`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -34,6 +34,7 @@ pub mod push;
 pub mod status;
 pub mod tree;
 pub mod view;
+pub mod worker;
 
 /// How a command ended that was carried out and said what there was to say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
