@@ -149,17 +149,16 @@ fn forget(record: &Record) -> Result<Vec<String>, WorkerError> {
     fs::remove_file(&path).map_err(WorkerError::system("remove", &path))?;
     let mut kept = Vec::new();
     for dir in record.directories.iter().rev() {
-        match fs::remove_dir(dir) {
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                // Of those that lie in each other, the innermost says it.
-                if !kept.iter().any(|kept: &&Path| kept.starts_with(dir)) {
-                    kept.push(dir.as_path());
-                }
-            }
+        let stays = match fs::remove_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => true,
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(WorkerError::system("remove", dir)(error));
             }
-            _ => {}
+            _ => false,
+        };
+        // Of those that lie in each other, the innermost says it.
+        if stays && !kept.iter().any(|kept: &&Path| kept.starts_with(dir)) {
+            kept.push(dir.as_path());
         }
     }
     Ok(kept.into_iter().map(|dir| format!("{} is not empty, and stays", dir.display())).collect())
