@@ -74,7 +74,7 @@ impl Step for Files {
                 record.files.push(file.clone());
             }
         }
-        for dir in [&self.settings.run_dir, &self.settings.cache(), &self.settings.spool()] {
+        for dir in [&self.settings.run_dir, &self.settings.view(), &self.settings.cache(), &self.settings.spool()] {
             record.make_directory(dir)?;
         }
         record.save()?;
