@@ -16,6 +16,10 @@ use reqwest::Url;
 
 use crate::place::Place;
 
+mod worker;
+
+pub use worker::{StateOptions, UpOptions, WorkerCommand, WorkerOptions};
+
 /// Where mountd listens for commands, unless told otherwise.
 pub const CONTROL_DEFAULT: &str = "/run/narlake/control.sock";
 
@@ -79,6 +83,8 @@ pub enum Command {
     Overlay(OverlayOptions),
     /// Mount further views of this worker, or unmount them
     View(ViewOptions),
+    /// Have this machine join a lake, or leave it
+    Worker(WorkerOptions),
     /// Wait until store paths and their closures can be used on this worker
     Ensure(EnsureOptions),
     /// Drop cached content of this worker, least recently used first

@@ -9,7 +9,7 @@
 //! | [`dump`] | a file tree on disk as a NAR |
 //! | [`spool`] | pushes that wait on disk |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
-//! | [`push`], [`hook`], [`pusher`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`completions`] | one command each |
+//! | [`push`], [`hook`], [`pusher`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`worker`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -38,6 +38,7 @@ pub mod spool;
 pub mod status;
 pub mod tree;
 pub mod view;
+pub mod worker;
 
 /// How a command ended that was carried out and said what there was to say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

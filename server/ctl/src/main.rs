@@ -9,6 +9,7 @@ use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
 use narlake_cli::{
     UsageError, Verdict, cat, completions, ensure, evict, hook, inspect, ls, overlay, pin, push, pusher, status, view,
+    worker,
 };
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
@@ -43,6 +44,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
             Command::Inspect(options) => inspect::run(&options, output),
             Command::Overlay(options) => overlay::run(&options, output).await,
             Command::View(options) => view::run(&options, output).await,
+            Command::Worker(options) => worker::run(&options, output).await,
             Command::Ensure(options) => ensure::run(&options, output).await,
             Command::Evict(options) => evict::run(&options, output).await,
             Command::Pin(options) => pin::run(&options, output).await,

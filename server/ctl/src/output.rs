@@ -16,6 +16,7 @@ use crate::client::ClientError;
 use crate::control::ControlError;
 use crate::dump::DumpError;
 use crate::push::PushError;
+use crate::worker::WorkerError;
 
 /// What a command found or did.
 pub trait Report: Serialize {
@@ -160,6 +161,9 @@ fn advice(error: &(dyn std::error::Error + 'static)) -> Option<String> {
         return error.advice();
     }
     if let Some(error) = error.downcast_ref::<ControlError>() {
+        return error.advice();
+    }
+    if let Some(error) = error.downcast_ref::<WorkerError>() {
         return error.advice();
     }
     if let Some(error) = error.downcast_ref::<DumpError>() {
