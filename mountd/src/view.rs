@@ -23,6 +23,7 @@ use narlake_storage::ErrorKind;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+pub use self::closure::Closures;
 use self::negative::Negative;
 use crate::fs::nodes::NodeTable;
 use crate::lru::{Lru, lru};

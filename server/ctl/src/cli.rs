@@ -67,6 +67,8 @@ pub enum Command {
     View(ViewOptions),
     /// Wait until store paths and their closures can be used on this worker
     Ensure(EnsureOptions),
+    /// Print closures as Nix's database wants to know them, for nix-store --load-db
+    Registration(RegistrationOptions),
     /// Drop cached content of this worker, least recently used first
     Evict(EvictOptions),
     /// Keep cached content of this worker from eviction
@@ -234,6 +236,10 @@ pub enum OverlayCommand {
         /// Store path whose closure is shown, alone, listed, and by the kernel itself as far as it is cached; may be repeated
         #[arg(long, value_name = "PATH", conflicts_with = "view")]
         closure: Vec<String>,
+        /// Store path whose closure is entered in the database of the overlay's Nix at once; may be repeated
+        #[arg(long, value_name = "STORE-PATH", conflicts_with_all = ["view", "closure"],
+            value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+        preload: Vec<Place>,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,
@@ -328,6 +334,21 @@ pub enum ViewCommand {
 /// Options of `ensure`.
 #[derive(Debug, Args)]
 pub struct EnsureOptions {
+    /// Store paths
+    #[arg(value_name = "STORE-PATH", required = true,
+        value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+    pub places: Vec<Place>,
+    /// Give up after so long; by default the worker's own deadline
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+    /// The worker.
+    #[command(flatten)]
+    pub control: ControlOptions,
+}
+
+/// Options of `registration`.
+#[derive(Debug, Args)]
+pub struct RegistrationOptions {
     /// Store paths
     #[arg(value_name = "STORE-PATH", required = true,
         value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]

@@ -6,9 +6,11 @@
 //! | [`output`] | what is printed, for people or as JSON, and progress on a terminal |
 //! | [`client`] | the server over HTTP: lake API and Nix binary cache |
 //! | [`control`] | the worker's mountd over its control socket |
+//! | [`nix`], [`store_uri`] | Nix's own programs, and how they are told which store |
 //! | [`dump`] | a file tree on disk as a NAR |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
-//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`completions`] | one command each |
+//! | [`preload`] | the database of an overlay's Nix, filled at once |
+//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`registration`], [`evict`], [`status`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -25,13 +27,17 @@ pub mod ensure;
 pub mod evict;
 pub mod inspect;
 pub mod ls;
+pub mod nix;
 pub mod object;
 pub mod output;
 pub mod overlay;
 pub mod pin;
 pub mod place;
+pub mod preload;
 pub mod push;
+pub mod registration;
 pub mod status;
+pub mod store_uri;
 pub mod tree;
 pub mod view;
 

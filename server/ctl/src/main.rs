@@ -8,7 +8,7 @@ use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
 use narlake_cli::{
-    UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, pin, push, status, view,
+    UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, pin, push, registration, status, view,
 };
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
@@ -42,6 +42,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
             Command::Overlay(options) => overlay::run(&options, output).await,
             Command::View(options) => view::run(&options, output).await,
             Command::Ensure(options) => ensure::run(&options, output).await,
+            Command::Registration(options) => registration::run(&options, output).await,
             Command::Evict(options) => evict::run(&options, output).await,
             Command::Pin(options) => pin::run(&options, output).await,
             Command::Status(options) => status::run(&options, output).await,
