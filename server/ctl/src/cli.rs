@@ -14,7 +14,10 @@ use clap_complete::Shell;
 use narlake_format::nix::store_path::StorePathName;
 use reqwest::Url;
 
+pub use self::upkeep::DoctorOptions;
 use crate::place::Place;
+
+mod upkeep;
 
 /// Where mountd listens for commands, unless told otherwise.
 pub const CONTROL_DEFAULT: &str = "/run/narlake/control.sock";
@@ -75,6 +78,8 @@ pub enum Command {
     Pin(PinOptions),
     /// Show how this worker, and the server, are doing
     Status(StatusOptions),
+    /// Find what is wrong with this host, as a worker, and say what mends it
+    Doctor(DoctorOptions),
     /// Print a script that completes this command in a shell
     Completions(CompletionsOptions),
 }

@@ -10,7 +10,7 @@
 //! | [`dump`] | a file tree on disk as a NAR |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
 //! | [`preload`] | the database of an overlay's Nix, filled at once |
-//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`registration`], [`evict`], [`status`], [`completions`] | one command each |
+//! | [`push`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`registration`], [`evict`], [`status`], [`doctor`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -22,6 +22,7 @@ pub mod cli;
 pub mod client;
 pub mod completions;
 pub mod control;
+pub mod doctor;
 pub mod dump;
 pub mod ensure;
 pub mod evict;

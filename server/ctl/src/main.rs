@@ -8,7 +8,8 @@ use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
 use narlake_cli::{
-    UsageError, Verdict, cat, completions, ensure, evict, inspect, ls, overlay, pin, push, registration, status, view,
+    UsageError, Verdict, cat, completions, doctor, ensure, evict, inspect, ls, overlay, pin, push, registration,
+    status, view,
 };
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
@@ -46,6 +47,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
             Command::Evict(options) => evict::run(&options, output).await,
             Command::Pin(options) => pin::run(&options, output).await,
             Command::Status(options) => status::run(&options, output).await,
+            Command::Doctor(options) => doctor::run(&options, output).await,
             Command::Completions(options) => completions::run(&options),
         }
     });
