@@ -4,6 +4,7 @@
 //! and network do not. Only root reaches the socket. Descriptors may come along with a line ([`lines`]).
 
 mod lines;
+mod registration;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::lines::{Line, Lines};
+use self::registration::Pages;
 use crate::cache::{Cache, PinError};
 use crate::fs::nodes::NodeTable;
 use crate::metrics::Metrics;
@@ -28,7 +30,7 @@ use crate::overlay::{Handed, Overlays};
 use crate::pinning::{Pinning, PinningError};
 use crate::pusher::Pusher;
 use crate::sealed::{Sealed, SealedError};
-use crate::view::{View, ViewError};
+use crate::view::{Closures, View, ViewError};
 use crate::views::{Views, ViewsError};
 
 /// Connections at once; further ones are closed.
@@ -120,29 +122,31 @@ impl Control {
                 () = stop.cancelled() => return Ok(()),
                 line = lines.next() => line?,
             };
-            let (response, is_last) = match line {
+            let (answer, is_last) = match line {
                 None => return Ok(()),
-                Some(Line::TooLong) => (invalid("the line is too long"), true),
+                Some(Line::TooLong) => (invalid("the line is too long").into(), true),
                 Some(Line::Whole(line, handed)) => (self.answer(&line, handed, stop).await, false),
             };
-            let mut text = serde_json::to_vec(&response)?;
-            text.push(b'\n');
-            tokio::time::timeout(WRITE_TIMEOUT, lines.stream().write_all(&text)).await??;
+            for response in answer {
+                let mut text = serde_json::to_vec(&response)?;
+                text.push(b'\n');
+                tokio::time::timeout(WRITE_TIMEOUT, lines.stream().write_all(&text)).await??;
+            }
             if is_last {
                 return Ok(());
             }
         }
     }
 
-    async fn answer(&self, line: &[u8], handed: Vec<OwnedFd>, stop: &CancellationToken) -> ControlResponse {
-        let request: ControlRequest = match serde_json::from_slice(line) {
-            Ok(request) => request,
-            Err(error) => return invalid(&format!("malformed request: {error}")),
+    async fn answer(&self, line: &[u8], handed: Vec<OwnedFd>, stop: &CancellationToken) -> Answer {
+        let answer = match serde_json::from_slice(line) {
+            Ok(request) => self.carry_out(request, Handed::new(handed), stop).await,
+            Err(error) => return invalid(&format!("malformed request: {error}")).into(),
         };
-        self.carry_out(request, Handed::new(handed), stop).await.unwrap_or_else(|error| {
+        answer.unwrap_or_else(|error| {
             let message = chain(&error);
             tracing::warn!(error = message, "control request failed");
-            ControlResponse::Error { kind: error.kind(), message }
+            ControlResponse::Error { kind: error.kind(), message }.into()
         })
     }
 
@@ -151,15 +155,15 @@ impl Control {
         request: ControlRequest,
         handed: Option<Handed>,
         stop: &CancellationToken,
-    ) -> Result<ControlResponse, ControlError> {
+    ) -> Result<Answer, ControlError> {
         match request {
-            ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status()))),
+            ControlRequest::Status => Ok(ControlResponse::Status(Box::new(self.status())).into()),
             ControlRequest::OverlayUp { upper, work, merged, view } => {
                 let overlays = match view {
                     Some(name) => self.views.overlays(&name)?,
                     None => Arc::clone(&self.overlays),
                 };
-                Ok(ControlResponse::Overlay(overlays.up(upper, work, merged).await?))
+                Ok(ControlResponse::Overlay(overlays.up(upper, work, merged).await?).into())
             }
             ControlRequest::SealedUp { roots, upper, work, merged } => {
                 let roots = self.store_paths(&roots)?;
@@ -168,36 +172,40 @@ impl Control {
                     (None, None) => None,
                     _ => return Err(ControlError::Halves),
                 };
-                Ok(ControlResponse::Overlay(self.sealed.up(&roots, upper, merged).await?))
+                Ok(ControlResponse::Overlay(self.sealed.up(&roots, upper, merged).await?).into())
             }
             ControlRequest::OverlayAdopt { merged } => {
-                Ok(ControlResponse::Overlay(self.overlays.adopt(merged, handed).await?))
+                Ok(ControlResponse::Overlay(self.overlays.adopt(merged, handed).await?).into())
             }
             ControlRequest::OverlayDown { merged, lazy } => {
                 if let Some(down) = self.sealed.down(&merged, lazy).await {
                     down?;
-                    return Ok(ControlResponse::Done);
+                    return Ok(ControlResponse::Done.into());
                 }
                 let of_view = self.views.overlay_on(&merged).map(|(overlays, _)| overlays);
                 of_view.as_ref().unwrap_or(&self.overlays).down(merged, lazy, handed).await?;
-                Ok(ControlResponse::Done)
+                Ok(ControlResponse::Done.into())
             }
-            ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.all_overlays() }),
-            ControlRequest::ViewCreate(spec) => Ok(ControlResponse::View(self.views.create(spec).await?)),
-            ControlRequest::ViewList => Ok(ControlResponse::Views { views: self.views.list() }),
+            ControlRequest::OverlayList => Ok(ControlResponse::Overlays { overlays: self.all_overlays() }.into()),
+            ControlRequest::ViewCreate(spec) => Ok(ControlResponse::View(self.views.create(spec).await?).into()),
+            ControlRequest::ViewList => Ok(ControlResponse::Views { views: self.views.list() }.into()),
             ControlRequest::ViewDestroy { name, lazy } => {
                 self.views.destroy(&name, lazy).await?;
-                Ok(ControlResponse::Done)
+                Ok(ControlResponse::Done.into())
             }
             // It only waits for the server, perhaps for long; overlays are mounted and unmounted to the end.
             ControlRequest::Ensure { paths, timeout_s } => tokio::select! {
                 () = stop.cancelled() => Err(ControlError::Stopping),
-                ensured = self.ensure(&paths, timeout_s) => ensured,
+                ensured = self.ensure(&paths, timeout_s) => ensured.map(Answer::from),
+            },
+            ControlRequest::Registration { paths, timeout_s } => tokio::select! {
+                () = stop.cancelled() => Err(ControlError::Stopping),
+                pages = self.registration(&paths, timeout_s) => pages.map(Answer::Pages),
             },
             ControlRequest::Refresh { merged } => {
                 if let Some((_, view)) = merged.as_deref().and_then(|merged| self.views.overlay_on(merged)) {
                     view.refresh().await?;
-                    return Ok(ControlResponse::Done);
+                    return Ok(ControlResponse::Done.into());
                 }
                 let all = merged.is_none();
                 if let Some(merged) = merged
@@ -210,29 +218,29 @@ impl Control {
                 for (_, view) in self.views.overlaid().into_iter().filter(|_| all) {
                     view.refresh().await?;
                 }
-                Ok(ControlResponse::Done)
+                Ok(ControlResponse::Done.into())
             }
             ControlRequest::Evict { keep_bytes } => {
                 let cache = Arc::clone(&self.cache);
                 let bytes = tokio::task::spawn_blocking(move || cache.shrink_to(keep_bytes)).await;
-                Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) })
+                Ok(ControlResponse::Evicted { bytes: bytes.unwrap_or(0) }.into())
             }
             // It waits for the server as `ensure` does.
             ControlRequest::Pin { name, paths } => {
                 let paths = self.store_paths(&paths)?;
                 tokio::select! {
                     () = stop.cancelled() => Err(ControlError::Stopping),
-                    pinned = self.pinning.pin(name, &paths) => Ok(ControlResponse::Pins { pins: vec![pinned?] }),
+                    pinned = self.pinning.pin(name, &paths) => Ok(ControlResponse::Pins { pins: vec![pinned?] }.into()),
                 }
             }
             ControlRequest::Unpin { name } => {
                 if self.pinning.unpin(name.clone()).await? {
-                    Ok(ControlResponse::Done)
+                    Ok(ControlResponse::Done.into())
                 } else {
                     Err(ControlError::NoPins { name })
                 }
             }
-            ControlRequest::PinList => Ok(ControlResponse::Pins { pins: self.pinning.list() }),
+            ControlRequest::PinList => Ok(ControlResponse::Pins { pins: self.pinning.list() }.into()),
         }
     }
 
@@ -252,6 +260,24 @@ impl Control {
     }
 
     async fn ensure(&self, paths: &[String], timeout_s: Option<u64>) -> Result<ControlResponse, ControlError> {
+        let closures = self.closures(paths, timeout_s).await?;
+        Ok(ControlResponse::Ensured {
+            paths: closures.records.len() as u64,
+            nar_bytes: closures.nar_bytes(),
+            missing: closures.missing,
+        })
+    }
+
+    async fn registration(&self, paths: &[String], timeout_s: Option<u64>) -> Result<Pages, ControlError> {
+        let closures = self.closures(paths, timeout_s).await?;
+        let dir = self.view.store_dir().clone();
+        // A closure may have a hundred thousand paths: too long for a thread that others wait for.
+        let pages = tokio::task::spawn_blocking(move || Pages::new(dir, closures));
+        pages.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// These closures, known and visible.
+    async fn closures(&self, paths: &[String], timeout_s: Option<u64>) -> Result<Closures, ControlError> {
         let timer = self.metrics.ensure_seconds.start_timer();
         let paths = self.store_paths(paths)?;
         let limit = timeout_s.map_or(self.deadline, Duration::from_secs).min(ENSURE_MAX);
@@ -259,11 +285,7 @@ impl Control {
         let ensured = tokio::time::timeout(limit, self.view.ensure(&paths)).await;
         let closures = ensured.unwrap_or(Err(ViewError::Deadline { limit_ms }))?;
         timer.observe_duration();
-        Ok(ControlResponse::Ensured {
-            paths: closures.records.len() as u64,
-            nar_bytes: closures.nar_bytes(),
-            missing: closures.missing,
-        })
+        Ok(closures)
     }
 
     fn status(&self) -> MountStatus {
@@ -294,6 +316,29 @@ impl Control {
     }
 }
 
+/// What is said to a request: one line, but for a registration.
+enum Answer {
+    One(Option<Box<ControlResponse>>),
+    Pages(Pages),
+}
+
+impl From<ControlResponse> for Answer {
+    fn from(response: ControlResponse) -> Self {
+        Self::One(Some(Box::new(response)))
+    }
+}
+
+impl Iterator for Answer {
+    type Item = ControlResponse;
+
+    fn next(&mut self) -> Option<ControlResponse> {
+        match self {
+            Self::One(response) => response.take().map(|response| *response),
+            Self::Pages(pages) => pages.next(),
+        }
+    }
+}
+
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
 enum ControlError {
@@ -311,6 +356,8 @@ enum ControlError {
     Pinning(#[from] PinningError),
     #[error("nothing is pinned under the name {name:?}")]
     NoPins { name: String },
+    #[error("{count} paths of the closure are not in the lake: {some}")]
+    Missing { count: usize, some: String },
     #[error("an upper directory needs a work directory, and the other way round")]
     Halves,
     #[error("the daemon is stopping")]
@@ -321,7 +368,8 @@ impl ControlError {
     fn kind(&self) -> ControlErrorKind {
         match self {
             Self::Path { .. } | Self::Halves => ControlErrorKind::Invalid,
-            Self::Sealed(SealedError::Missing { .. })
+            Self::Missing { .. }
+            | Self::Sealed(SealedError::Missing { .. })
             | Self::Pinning(PinningError::Missing { .. })
             | Self::NoPins { .. } => ControlErrorKind::NotFound,
             Self::Pinning(PinningError::Cache(PinError::Name { .. })) => ControlErrorKind::Invalid,

@@ -26,6 +26,7 @@ use narlake_storage::ErrorKind;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+pub use self::closure::Closures;
 use self::negative::Negative;
 use self::prefetch::Prefetches;
 use self::realised::Realised;

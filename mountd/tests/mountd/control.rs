@@ -99,3 +99,26 @@ async fn errors_say_what_to_do() {
     drop((client, other));
     mounted.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closures_are_registered_whole() {
+    let world = World::new().await;
+    let leaf = world.push("leaf", &file(b"leaf"), &[]).await;
+    let top = world.push("top", &file(noise(1, 5000)), std::slice::from_ref(&leaf)).await;
+    let Some(mounted) = world.mount().await else { return };
+    let mut client = Client::connect(&mounted.dir).await;
+    let of = |path: String| ControlRequest::Registration { paths: vec![path], timeout_s: None };
+    match client.ask(of(format!("/nix/store/{top}"))).await {
+        ControlResponse::Registration { store_dir, text, left: 0 } => {
+            let records =
+                narlake_format::nix::registration::parse(&store_dir.parse().unwrap(), text.as_bytes()).unwrap();
+            let paths: Vec<_> = records.iter().map(|record| record.path.clone()).collect();
+            assert_eq!(paths, [leaf, top]);
+        }
+        other => panic!("{other:?}"),
+    }
+    let missing = client.ask(of(format!("{}-missing", "0".repeat(32)))).await;
+    assert!(matches!(missing, ControlResponse::Error { kind: ControlErrorKind::NotFound, .. }), "{missing:?}");
+    drop(client);
+    mounted.stop().await;
+}

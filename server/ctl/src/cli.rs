@@ -14,11 +14,13 @@ use clap_complete::Shell;
 use narlake_format::nix::store_path::StorePathName;
 use reqwest::Url;
 
+pub use self::upkeep::DoctorOptions;
 use crate::place::Place;
 
+mod upkeep;
 mod worker;
 
-pub use worker::{StateOptions, UpOptions, WorkerCommand, WorkerOptions};
+pub use self::worker::{StateOptions, UpOptions, WorkerCommand, WorkerOptions};
 
 /// Where mountd listens for commands, unless told otherwise.
 pub const CONTROL_DEFAULT: &str = "/run/narlake/control.sock";
@@ -87,12 +89,16 @@ pub enum Command {
     Worker(WorkerOptions),
     /// Wait until store paths and their closures can be used on this worker
     Ensure(EnsureOptions),
+    /// Print closures as Nix's database wants to know them, for nix-store --load-db
+    Registration(RegistrationOptions),
     /// Drop cached content of this worker, least recently used first
     Evict(EvictOptions),
     /// Keep cached content of this worker from eviction
     Pin(PinOptions),
     /// Show how this worker, and the server, are doing
     Status(StatusOptions),
+    /// Find what is wrong with this host, as a worker, and say what mends it
+    Doctor(DoctorOptions),
     /// Print a script that completes this command in a shell
     Completions(CompletionsOptions),
 }
@@ -294,6 +300,10 @@ pub enum OverlayCommand {
         /// Store path whose closure is shown, alone, listed, and by the kernel itself as far as it is cached; may be repeated
         #[arg(long, value_name = "PATH", conflicts_with = "view")]
         closure: Vec<String>,
+        /// Store path whose closure is entered in the database of the overlay's Nix at once; may be repeated
+        #[arg(long, value_name = "STORE-PATH", conflicts_with_all = ["view", "closure"],
+            value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+        preload: Vec<Place>,
         /// The worker.
         #[command(flatten)]
         control: ControlOptions,
@@ -391,6 +401,21 @@ pub enum ViewCommand {
 /// Options of `ensure`.
 #[derive(Debug, Args)]
 pub struct EnsureOptions {
+    /// Store paths
+    #[arg(value_name = "STORE-PATH", required = true,
+        value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]
+    pub places: Vec<Place>,
+    /// Give up after so long; by default the worker's own deadline
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+    /// The worker.
+    #[command(flatten)]
+    pub control: ControlOptions,
+}
+
+/// Options of `registration`.
+#[derive(Debug, Args)]
+pub struct RegistrationOptions {
     /// Store paths
     #[arg(value_name = "STORE-PATH", required = true,
         value_parser = OsStringValueParser::new().try_map(|text: OsString| Place::parse(&text)))]

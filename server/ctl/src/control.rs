@@ -1,4 +1,4 @@
-//! The worker's mountd, over its control socket: a line of JSON there, a line of JSON back.
+//! The worker's mountd, over its control socket: a line of JSON there, a line of JSON back, or several of a long answer.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -13,6 +13,9 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::UnixStream;
 
 use crate::output::printable;
+
+/// How long each further part of an answer of several may take.
+const PART: Duration = Duration::from_secs(30);
 
 /// Most descriptors that go along with one question.
 const DESCRIPTORS_MAX: usize = 3;
@@ -112,12 +115,7 @@ pub async fn ask_with(
     limit: Duration,
 ) -> Result<ControlResponse, ControlError> {
     let late = |_| ControlError::Deadline { socket: socket.to_owned(), seconds: limit.as_secs() };
-    match tokio::time::timeout(limit, converse(socket, request, descriptors)).await.map_err(late)?? {
-        ControlResponse::Error { kind, message } => {
-            Err(ControlError::Refused { kind, message: printable(message.as_bytes()) })
-        }
-        response => Ok(response),
-    }
+    accepted(tokio::time::timeout(limit, converse(socket, request, descriptors)).await.map_err(late)??)
 }
 
 /// Sends the start of a line with descriptors; returns how much of it.
@@ -134,11 +132,62 @@ async fn hand_over(stream: &UnixStream, line: &[u8], descriptors: &[BorrowedFd<'
         .await
 }
 
+/// Asks a question that is answered with several lines, the first of them within the limit.
+///
+/// # Errors
+/// When mountd cannot be reached, or does not take the question.
+pub async fn ask_for_parts(socket: &Path, request: &ControlRequest, limit: Duration) -> Result<Parts, ControlError> {
+    let late = |_| ControlError::Deadline { socket: socket.to_owned(), seconds: limit.as_secs() };
+    let sent = tokio::time::timeout(limit, send(socket, request, &[])).await;
+    Ok(Parts { socket: socket.to_owned(), reader: sent.map_err(late)??, limit })
+}
+
+/// An answer of several lines, as it comes.
+pub struct Parts {
+    socket: PathBuf,
+    reader: BufReader<UnixStream>,
+    /// For the next one.
+    limit: Duration,
+}
+
+impl Parts {
+    /// The next line. Whoever asks knows by the one before whether there is one.
+    ///
+    /// # Errors
+    /// When it does not come in time, or mountd refuses.
+    pub async fn next(&mut self) -> Result<ControlResponse, ControlError> {
+        let late = |_| ControlError::Deadline { socket: self.socket.clone(), seconds: self.limit.as_secs() };
+        let response = tokio::time::timeout(self.limit, receive(&self.socket, &mut self.reader)).await;
+        let response = response.map_err(late)??;
+        self.limit = PART;
+        accepted(response)
+    }
+}
+
 async fn converse(
     socket: &Path,
     request: &ControlRequest,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<ControlResponse, ControlError> {
+    let mut reader = send(socket, request, descriptors).await?;
+    receive(socket, &mut reader).await
+}
+
+/// What it says, unless it says no.
+fn accepted(response: ControlResponse) -> Result<ControlResponse, ControlError> {
+    match response {
+        ControlResponse::Error { kind, message } => {
+            Err(ControlError::Refused { kind, message: printable(message.as_bytes()) })
+        }
+        response => Ok(response),
+    }
+}
+
+async fn send(
+    socket: &Path,
+    request: &ControlRequest,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<BufReader<UnixStream>, ControlError> {
     let connect = |source| ControlError::Connect { socket: socket.to_owned(), source };
     let broken = |source| ControlError::Broken { socket: socket.to_owned(), source };
     let mut line = serde_json::to_vec(request).map_err(|source| ControlError::Answer { source })?;
@@ -147,9 +196,13 @@ async fn converse(
     // Descriptors arrive with the byte that they are sent with.
     let sent = if descriptors.is_empty() { 0 } else { hand_over(&stream, &line, descriptors).await.map_err(broken)? };
     stream.write_all(line.get(sent..).unwrap_or_default()).await.map_err(broken)?;
+    Ok(BufReader::new(stream))
+}
+
+async fn receive(socket: &Path, reader: &mut BufReader<UnixStream>) -> Result<ControlResponse, ControlError> {
+    let broken = |source| ControlError::Broken { socket: socket.to_owned(), source };
     let mut answer = Vec::new();
-    let mut reader = BufReader::new(stream).take(LINE_MAX as u64 + 1);
-    reader.read_until(b'\n', &mut answer).await.map_err(broken)?;
+    reader.take(LINE_MAX as u64 + 1).read_until(b'\n', &mut answer).await.map_err(broken)?;
     if answer.last() != Some(&b'\n') {
         let kind = if answer.len() > LINE_MAX { io::ErrorKind::InvalidData } else { io::ErrorKind::UnexpectedEof };
         return Err(broken(kind.into()));

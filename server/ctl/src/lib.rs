@@ -6,10 +6,12 @@
 //! | [`output`] | what is printed, for people or as JSON, and progress on a terminal |
 //! | [`client`] | the server over HTTP: lake API and Nix binary cache |
 //! | [`control`] | the worker's mountd over its control socket |
+//! | [`nix`], [`store_uri`] | Nix's own programs, and how they are told which store |
 //! | [`dump`] | a file tree on disk as a NAR |
 //! | [`spool`] | pushes that wait on disk |
 //! | [`place`], [`tree`], [`object`] | a place in a store object: how it is written, found, fetched |
-//! | [`push`], [`hook`], [`pusher`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`evict`], [`status`], [`worker`], [`completions`] | one command each |
+//! | [`preload`] | the database of an overlay's Nix, filled at once |
+//! | [`push`], [`hook`], [`pusher`], [`ls`], [`cat`], [`inspect`], [`overlay`], [`view`], [`ensure`], [`registration`], [`evict`], [`status`], [`doctor`], [`worker`], [`completions`] | one command each |
 //!
 //! A command takes its arguments, asks, and gives a [`Report`](output::Report) that is printed once at its end; what it
 //! has to say meanwhile goes to standard error. Of our own crates it knows the formats alone.
@@ -21,21 +23,26 @@ pub mod cli;
 pub mod client;
 pub mod completions;
 pub mod control;
+pub mod doctor;
 pub mod dump;
 pub mod ensure;
 pub mod evict;
 pub mod hook;
 pub mod inspect;
 pub mod ls;
+pub mod nix;
 pub mod object;
 pub mod output;
 pub mod overlay;
 pub mod pin;
 pub mod place;
+pub mod preload;
 pub mod push;
 pub mod pusher;
+pub mod registration;
 pub mod spool;
 pub mod status;
+pub mod store_uri;
 pub mod tree;
 pub mod view;
 pub mod worker;

@@ -8,8 +8,8 @@ use clap::Parser as _;
 use narlake_cli::cli::{Cli, Command};
 use narlake_cli::output::{self, Output};
 use narlake_cli::{
-    UsageError, Verdict, cat, completions, ensure, evict, hook, inspect, ls, overlay, pin, push, pusher, status, view,
-    worker,
+    UsageError, Verdict, cat, completions, doctor, ensure, evict, hook, inspect, ls, overlay, pin, push, pusher,
+    registration, status, view, worker,
 };
 
 /// The command was carried out, and something is wrong, or it could not be carried out.
@@ -46,9 +46,11 @@ fn run(command: Command, output: &Output) -> anyhow::Result<Verdict> {
             Command::View(options) => view::run(&options, output).await,
             Command::Worker(options) => worker::run(&options, output).await,
             Command::Ensure(options) => ensure::run(&options, output).await,
+            Command::Registration(options) => registration::run(&options, output).await,
             Command::Evict(options) => evict::run(&options, output).await,
             Command::Pin(options) => pin::run(&options, output).await,
             Command::Status(options) => status::run(&options, output).await,
+            Command::Doctor(options) => doctor::run(&options, output).await,
             Command::Completions(options) => completions::run(&options),
         }
     });

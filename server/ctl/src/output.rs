@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::client::ClientError;
 use crate::control::ControlError;
 use crate::dump::DumpError;
+use crate::nix::NixError;
 use crate::push::PushError;
 use crate::worker::WorkerError;
 
@@ -44,6 +45,12 @@ impl Output {
             ProgressDrawTarget::stderr()
         };
         Self { json, quiet, bars: MultiProgress::with_draw_target(target) }
+    }
+
+    /// Whether a document is wanted.
+    #[must_use]
+    pub const fn is_json(&self) -> bool {
+        self.json
     }
 
     /// Prints the result.
@@ -167,6 +174,9 @@ fn advice(error: &(dyn std::error::Error + 'static)) -> Option<String> {
         return error.advice();
     }
     if let Some(error) = error.downcast_ref::<DumpError>() {
+        return error.advice();
+    }
+    if let Some(error) = error.downcast_ref::<NixError>() {
         return error.advice();
     }
     error.downcast_ref::<PushError>().and_then(PushError::advice)

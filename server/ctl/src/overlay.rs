@@ -20,6 +20,10 @@ use crate::Verdict;
 use crate::cli::{OverlayCommand, OverlayOptions};
 use crate::control::{self, ControlError};
 use crate::output::{Output, Report, Shown, columns};
+use crate::place::Place;
+use crate::preload::{self, Preloaded};
+use crate::registration;
+use crate::store_uri::OverlayStore;
 
 /// How long mounting or unmounting may take: the kernel waits for writes to an upper directory.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -28,6 +32,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 #[derive(Serialize)]
 struct Overlays {
     overlays: Vec<OverlayInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preloaded: Option<Preloaded>,
     /// Whether how to use them is told as well.
     #[serde(skip)]
     verbose: bool,
@@ -45,7 +51,13 @@ pub(crate) struct Done {
 /// When mountd cannot be reached or refuses.
 pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Verdict> {
     let (control, request) = match &options.command {
-        OverlayCommand::Up { upper, work, merged, view, closure, control } => {
+        OverlayCommand::Up { upper: Some(upper), work: Some(work), merged, preload, control, .. }
+            if !preload.is_empty() =>
+        {
+            let up = Up { upper: absolute(upper)?, work: absolute(work)?, merged: absolute(merged)? };
+            return up_preloaded(up, preload, &control.control, output).await;
+        }
+        OverlayCommand::Up { upper, work, merged, view, closure, control, .. } => {
             let of = |dir: &Option<PathBuf>| dir.as_deref().map(absolute).transpose();
             let (upper, work, merged) = (of(upper)?, of(work)?, absolute(merged)?);
             let request = match (closure.as_slice(), upper, work) {
@@ -82,11 +94,64 @@ pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Ve
     }
     match response {
         ControlResponse::Done => output.report(&Done { done: true })?,
-        ControlResponse::Overlay(overlay) => output.report(&Overlays { overlays: vec![overlay], verbose: true })?,
-        ControlResponse::Overlays { overlays } => output.report(&Overlays { overlays, verbose: false })?,
+        ControlResponse::Overlay(overlay) => {
+            output.report(&Overlays { overlays: vec![overlay], preloaded: None, verbose: true })?
+        }
+        ControlResponse::Overlays { overlays } => {
+            output.report(&Overlays { overlays, preloaded: None, verbose: false })?
+        }
         _ => return Err(ControlError::Mismatch.into()),
     }
     Ok(Verdict::Good)
+}
+
+/// An overlay that is to be mounted.
+struct Up {
+    upper: PathBuf,
+    work: PathBuf,
+    merged: PathBuf,
+}
+
+/// Mounts an overlay, unless it is mounted already, and enters closures in the database of its Nix. Without those it is
+/// not left behind.
+async fn up_preloaded(up: Up, places: &[Place], socket: &Path, output: &Output) -> anyhow::Result<Verdict> {
+    let ControlResponse::Overlays { overlays } = control::ask(socket, &ControlRequest::OverlayList, LIMIT).await?
+    else {
+        return Err(ControlError::Mismatch.into());
+    };
+    let (merged, upper) = (resolved(&up.merged)?, resolved(&up.upper)?);
+    let known = overlays.into_iter().find(|overlay| overlay.merged == merged && overlay.upper == upper);
+    let (overlay, is_new) = match known {
+        Some(overlay) => (overlay, false),
+        None => {
+            let request = ControlRequest::OverlayUp { upper: up.upper, work: up.work, merged: up.merged, view: None };
+            let ControlResponse::Overlay(overlay) = control::ask(socket, &request, LIMIT).await? else {
+                return Err(ControlError::Mismatch.into());
+            };
+            (overlay, true)
+        }
+    };
+    match preload(&overlay, places, socket).await {
+        Ok(preloaded) => {
+            output.report(&Overlays { overlays: vec![overlay], preloaded: Some(preloaded), verbose: true })?;
+            Ok(Verdict::Good)
+        }
+        Err(error) => {
+            if is_new {
+                let down = ControlRequest::OverlayDown { merged: overlay.merged, lazy: false };
+                if let Err(left) = control::ask(socket, &down, LIMIT).await {
+                    output.note(format_args!("the overlay stays mounted: {left}"));
+                }
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn preload(overlay: &OverlayInfo, places: &[Place], socket: &Path) -> anyhow::Result<Preloaded> {
+    let store = OverlayStore::parse(&overlay.store_uri).context("find the store of the overlay")?;
+    let closure = registration::fetch(socket, places, None).await?;
+    preload::load(&store, &closure).await
 }
 
 /// mountd runs in another directory.
@@ -150,6 +215,9 @@ impl Report for Overlays {
             if self.verbose && !overlay.store_uri.is_empty() {
                 writeln!(out, "start the Nix daemon with --store '{}'", overlay.store_uri)?;
             }
+        }
+        if let Some(Preloaded { paths, new }) = self.preloaded {
+            writeln!(out, "Nix knows {paths} paths, {new} of them new")?;
         }
         Ok(())
     }

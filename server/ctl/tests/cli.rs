@@ -11,7 +11,8 @@ fn help_and_version() {
         assert!(help.stdout.contains(word), "{word}");
     }
     assert!(narlake(&["--version"]).good().stdout.starts_with("narlake "));
-    for name in ["push", "ls", "cat", "inspect", "overlay", "ensure", "status", "completions"] {
+    for name in ["push", "ls", "cat", "inspect", "overlay", "registration", "ensure", "status", "doctor", "completions"]
+    {
         narlake(&[name, "--help"]).good();
     }
 }

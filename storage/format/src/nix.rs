@@ -14,6 +14,7 @@
 //! | [`signature`] | ed25519 keys and signatures |
 //! | [`compression`] | the compressions of an uploaded NAR |
 //! | [`narinfo`] | metadata of one store path, and the fingerprint that is signed |
+//! | [`registration`] | what Nix's database says, as text |
 //! | [`cache_info`] | `nix-cache-info` |
 //! | [`listing`] | `.ls` |
 //! | [`realisation`] | `.doi` |
@@ -28,6 +29,7 @@ pub mod hash_modulo;
 pub mod listing;
 pub mod narinfo;
 pub mod realisation;
+pub mod registration;
 pub mod signature;
 pub mod store_path;
 pub mod worker;

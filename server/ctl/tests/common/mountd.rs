@@ -19,15 +19,21 @@ impl Mountd {
 
     /// Answers every request with these bytes, then closes.
     pub(crate) fn start_raw(socket: &Path, answer: &str) -> Self {
+        let answer = answer.to_owned();
+        Self::start_with(socket, move |_| answer.clone())
+    }
+
+    /// Answers each request with what this makes of it, then closes.
+    pub(crate) fn start_with(socket: &Path, answer: impl Fn(&ControlRequest) -> String + Send + 'static) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let (sender, asked) = mpsc::channel();
-        let answer = answer.to_owned();
         std::thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
-                let _ = sender.send(serde_json::from_str(&line).unwrap());
-                let _ = stream.write_all(answer.as_bytes());
+                let request = serde_json::from_str(&line).unwrap();
+                let _ = stream.write_all(answer(&request).as_bytes());
+                let _ = sender.send(request);
             }
         });
         Self { socket: socket.to_owned(), asked }
@@ -35,5 +41,9 @@ impl Mountd {
 
     pub(crate) fn asked(&self) -> ControlRequest {
         self.asked.recv_timeout(std::time::Duration::from_secs(10)).unwrap()
+    }
+    /// What it was asked next, if it was by now.
+    pub(crate) fn asked_by_now(&self) -> Option<ControlRequest> {
+        self.asked.recv_timeout(std::time::Duration::from_millis(100)).ok()
     }
 }

@@ -1,8 +1,9 @@
 //! What the `narlake` command and a worker's mountd say to each other on the control socket.
 //!
 //! One JSON document a line, in each direction: a [`ControlRequest`], then its [`ControlResponse`], strictly in turn;
-//! the client may send another or close. A line has at most [`LINE_MAX`] bytes. As in the rest of the API, unknown
-//! fields are ignored, so that a newer side can say more to an older one.
+//! the client may send another or close. Only a `registration` is answered with several lines. A line has at most
+//! [`LINE_MAX`] bytes. As in the rest of the API, unknown fields are ignored, so that a newer side can say more to an
+//! older one.
 
 use std::path::PathBuf;
 
@@ -81,6 +82,16 @@ pub enum ControlRequest {
         #[serde(default)]
         timeout_s: Option<u64>,
     },
+    /// Make the closures of these paths known and visible, and say of all of it what Nix's database wants to know.
+    /// Answered with a [`ControlResponse::Registration`] for each part of the text, or with an error and nothing of it:
+    /// a closure of which anything is missing is not registered.
+    Registration {
+        /// Store paths, with or without the store directory.
+        paths: Vec<String>,
+        /// How long to try, in seconds; the fetch deadline if absent.
+        #[serde(default)]
+        timeout_s: Option<u64>,
+    },
     /// Refresh the overlays, so that they forget which names did not exist. Answered with [`ControlResponse::Done`].
     /// This is what Nix's `remount-hook` asks for.
     Refresh {
@@ -142,6 +153,16 @@ pub enum ControlResponse {
         nar_bytes: u64,
         /// Paths asked for, or referred to, that the cache does not have.
         missing: Vec<String>,
+    },
+    /// Part of what `nix-store --load-db` reads ([`crate::nix::registration`]): whole records, references before what
+    /// refers to them, each of a path that a trusted key signed and that every overlay shows.
+    Registration {
+        /// The store directory of its paths.
+        store_dir: String,
+        /// The records, together.
+        text: String,
+        /// How many records are still to come, in further lines.
+        left: u64,
     },
     /// Cached content was dropped.
     Evicted {
@@ -312,6 +333,10 @@ mod tests {
             &ControlRequest::OverlayDown { merged: "/m".into(), lazy: false },
         );
         check(r#"{"op":"ensure","paths":["x"]}"#, &ControlRequest::Ensure { paths: vec!["x".into()], timeout_s: None });
+        check(
+            r#"{"op":"registration","paths":["x"],"timeout_s":5}"#,
+            &ControlRequest::Registration { paths: vec!["x".into()], timeout_s: Some(5) },
+        );
         check(r#"{"op":"refresh"}"#, &ControlRequest::Refresh { merged: None });
         check(r#"{"op":"evict"}"#, &ControlRequest::Evict { keep_bytes: 0 });
         check(
