@@ -25,16 +25,13 @@ use super::{blocking, steps};
 use crate::Verdict;
 use crate::output::{Output, Report, columns};
 use crate::overlay::absolute;
+use crate::spool::Spool;
 
 /// How long clients of Nix's daemon have to leave by themselves.
 const CLIENTS: Duration = Duration::from_secs(3);
 
 /// Between two looks at what is waited for.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// Most files of the spool that are counted, and how deep it is looked into.
-const SPOOL_FILES_MAX: usize = 100_000;
-const SPOOL_DEPTH: usize = 3;
 
 /// Paths that are printed; JSON has all of them.
 const PATHS_SHOWN: usize = 20;
@@ -167,35 +164,26 @@ fn forget(record: &Record) -> Result<Vec<String>, WorkerError> {
 /// Waits until what is queued has been pushed. What is not by then stays on disk, and is said.
 async fn wait_for_spool(spool: &Path, limit: Duration, output: &Output) -> Option<String> {
     let until = Instant::now() + limit;
-    let mut waiting = count(spool, SPOOL_DEPTH);
+    let mut waiting = waiting_in(spool);
     if waiting > 0 {
-        output.note(format_args!("waiting for {waiting} files of {} to be pushed", spool.display()));
+        output.note(format_args!("waiting for {waiting} builds in {} to be pushed", spool.display()));
     }
     while waiting > 0 {
         if Instant::now() >= until {
-            return Some(format!("{waiting} files in {} were not pushed, and stay", spool.display()));
+            return Some(format!("{waiting} builds in {} were not pushed, and stay", spool.display()));
         }
         sleep(LOOK).await;
-        waiting = count(spool, SPOOL_DEPTH);
+        waiting = waiting_in(spool);
     }
     None
 }
 
-/// Files in a directory; hidden ones are not what waits.
-fn count(dir: &Path, depth: usize) -> usize {
-    let mut files = 0;
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let hidden = entry.file_name().as_encoded_bytes().first() == Some(&b'.');
-        match entry.file_type() {
-            Ok(kind) if kind.is_file() && !hidden => files += 1,
-            Ok(kind) if kind.is_dir() && depth > 1 => files += count(&entry.path(), depth - 1),
-            _ => {}
-        }
-        if files >= SPOOL_FILES_MAX {
-            break;
-        }
+/// Entries that wait; none where there is no spool.
+fn waiting_in(spool: &Path) -> usize {
+    if !spool.exists() {
+        return 0;
     }
-    files
+    Spool::open(spool).and_then(|spool| spool.names()).map_or(0, |names| names.len())
 }
 
 impl Report for Left {
@@ -250,11 +238,10 @@ mod tests {
         let (dir, output) = (tempfile::tempdir().unwrap(), Output::new(false, true));
         let limit = Duration::from_millis(300);
         assert_eq!(wait_for_spool(&dir.path().join("missing"), limit, &output).await, None);
-        fs::write(dir.path().join(".lock"), "").unwrap();
+        fs::write(dir.path().join("lock"), "").unwrap();
         assert_eq!(wait_for_spool(dir.path(), limit, &output).await, None);
-        fs::create_dir(dir.path().join("queue")).unwrap();
-        fs::write(dir.path().join("queue/1"), "").unwrap();
+        fs::write(dir.path().join("queue/1.json"), "").unwrap();
         let said = wait_for_spool(dir.path(), limit, &output).await.unwrap();
-        assert!(said.starts_with("1 files"), "{said}");
+        assert!(said.starts_with("1 builds"), "{said}");
     }
 }

@@ -156,6 +156,8 @@ fn mountd_conf(settings: &Settings) -> String {
         ("cache_dir", settings.cache()),
         ("nix_socket", settings.nix_socket()),
         ("control", settings.control()),
+        ("push_spool", settings.spool()),
+        ("push_program", settings.programs.narlake.clone()),
     ] {
         lines.push(format!("{key} = {}", path(&place)));
     }
