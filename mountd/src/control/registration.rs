@@ -40,7 +40,7 @@ impl Pages {
         if !missing.is_empty() {
             return Err(lacking(&missing));
         }
-        let records = references_first(records).map_err(|missing| lacking(&[missing]))?;
+        let records = references_first(&records).map_err(|missing| lacking(&[missing]))?;
         Ok(Self { dir, records: records.into_iter(), is_done: false })
     }
 }
@@ -72,14 +72,14 @@ fn lacking(missing: &[String]) -> ControlError {
 }
 
 /// The records, each once, after all that it refers to. Fails with a reference that is not among them.
-fn references_first(records: Vec<TrustedRecord>) -> Result<Vec<TrustedRecord>, String> {
+fn references_first(records: &[TrustedRecord]) -> Result<Vec<TrustedRecord>, String> {
     let by_hash: HashMap<StorePathHash, &TrustedRecord> =
         records.iter().map(|record| (record.info().store_path.hash, record)).collect();
     let mut ordered = Vec::with_capacity(records.len());
     let mut seen = HashSet::with_capacity(records.len());
     // A path, and how many of its references have been followed. Not by recursion: chains are as long as closures.
     let mut way: Vec<(&TrustedRecord, usize)> = Vec::new();
-    for record in &records {
+    for record in records {
         if seen.insert(record.info().store_path.hash) {
             way.push((record, 0));
         }

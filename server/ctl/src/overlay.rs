@@ -95,10 +95,10 @@ pub async fn run(options: &OverlayOptions, output: &Output) -> anyhow::Result<Ve
     match response {
         ControlResponse::Done => output.report(&Done { done: true })?,
         ControlResponse::Overlay(overlay) => {
-            output.report(&Overlays { overlays: vec![overlay], preloaded: None, verbose: true })?
+            output.report(&Overlays { overlays: vec![overlay], preloaded: None, verbose: true })?;
         }
         ControlResponse::Overlays { overlays } => {
-            output.report(&Overlays { overlays, preloaded: None, verbose: false })?
+            output.report(&Overlays { overlays, preloaded: None, verbose: false })?;
         }
         _ => return Err(ControlError::Mismatch.into()),
     }

@@ -288,7 +288,7 @@ fn units_that_hide_or_end_mounts() {
     });
     check("systemd", Warning, "OOMPolicy at stop", |host| host.plant(FILE, &UNIT.replace("continue", "stop")));
     check("systemd", Warning, "KillMode at its default", |host| {
-        host.plant(FILE, &UNIT.replace("KillMode=process", ""))
+        host.plant(FILE, &UNIT.replace("KillMode=process", ""));
     });
     check("systemd", Warning, "OOMScoreAdjust at 0", |host| host.plant(FILE, &UNIT.replace("-1000", "0")));
     check("systemd", Warning, "narlake-mountd.service has OOMPolicy", |host| {
@@ -325,7 +325,7 @@ fn what_mountd_needs_in_what_it_serves() {
         host.status().cache_dir = "/nix/store/cache".into();
     });
     check("self-hosting", Problem, "the spool of pushes, /lower/spool", |host| {
-        host.facts.spool = "/lower/spool".into()
+        host.facts.spool = "/lower/spool".into();
     });
     check("self-hosting", Problem, "its program, /nix/store/x/bin/narlake-mountd", |host| {
         host.remove("proc/7/exe");
@@ -361,7 +361,7 @@ fn limits_that_are_low() {
         host.plant("proc/7/limits", "Max open files            1024       4096     files\n");
     });
     check("descriptors", Problem, "99000 of 100000 files", |host| {
-        host.plant("proc/sys/fs/file-nr", "99000\t0\t100000\n")
+        host.plant("proc/sys/fs/file-nr", "99000\t0\t100000\n");
     });
 }
 
@@ -462,7 +462,7 @@ fn a_server_that_does_not_answer() {
 #[test]
 fn tokens_that_are_no_use() {
     check("token", Problem, "read the token file", |host| {
-        host.server().token = Some(Err("read the token file".into()))
+        host.server().token = Some(Err("read the token file".into()));
     });
     check("token", Problem, "it ended 5 s ago", |host| host.server().expires_s = Some(-5));
     check("token", Warning, "it ends in 2 h", |host| host.server().expires_s = Some(2 * 3600));
