@@ -82,7 +82,7 @@ def tokens_and_clocks(rig):
     """A token that the server does not know, one that cannot be read, and a clock that is ahead."""
     tokens = rig.path("tokens") / "tokens"
     tokens.write_text("the-right-token-of-some-length\n")
-    server = rig.server(push_token_file=f'"{tokens}"')
+    server = rig.server(**{"auth.push_token_files": tokens})
     mountd = rig.mountd(server)
     good, bad = tokens.parent / "good", tokens.parent / "bad"
     good.write_text("the-right-token-of-some-length\n")

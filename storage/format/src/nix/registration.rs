@@ -230,7 +230,7 @@ mod tests {
         check("\n120\n", "\n-1\n", "narSize", 2);
         check(&Sha256Hash::of(b"glibc").to_hex(), "00", "narHash", 1);
         check("\n120\n\n1\n", "\n120\n\n1000000\n", "number of references", 4);
-        check("\n120\n\n1\n", "\n120\n\n2\n", "reference", 6);
+        check("\n120\n\n1\n", "\n120\n\n2\n", "store path", 7);
         assert!(parse(&dir, b"\xff\n").is_err());
     }
 
