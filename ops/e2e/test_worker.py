@@ -167,10 +167,10 @@ def a_worker_comes_back(rig):
     equal(machine.run(f"{bash}/bin/bash", "-c", "echo $((6 * 7))").stdout, "42\n", "what bash prints")
     for daemon in ("nix-daemon", "mounts"):
         pid = machine.run("cat", f"/run/narlake/{daemon}.pid").stdout.split()[0]
-        machine.run("kill", "-KILL", pid)
+        machine.run("sh", "-c", f"kill -KILL {pid}")
     daemon = machine.run("sh", "-c", "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = narlake-mountd ] && echo ${p#/proc/}; done; true")
     for pid in daemon.stdout.split():
-        machine.run("kill", "-KILL", pid, check=False)
+        machine.run("sh", "-c", f"kill -KILL {pid}", check=False)
     states, status = machine.states()
     equal((states["mountd"], states["nix-daemon"], status), ("down", "down", 1), "states without daemons")
     machine.worker("up")

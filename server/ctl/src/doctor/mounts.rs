@@ -88,7 +88,9 @@ fn wrong(system: &System, mount: &Mount, lower: &Path, may_be_volatile: bool) ->
             None => wrong.push(format!("{name} is neither shown nor known to the module: {harm}")),
         }
     }
-    if mount.option("volatile").is_some() && !may_be_volatile {
+    // Newer kernels spell it `fsync=volatile`.
+    let volatile = mount.option("volatile").is_some() || mount.option("fsync") == Some("volatile");
+    if volatile && !may_be_volatile {
         wrong.push(
             "it is volatile: after a crash its upper is refused (--allow-volatile where that is meant)".to_owned(),
         );
