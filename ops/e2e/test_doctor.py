@@ -72,6 +72,7 @@ def overlays_mounted_wrongly(rig):
         has(found, "overlay", "problem", part)
         equal(status, 1, f"status with {options}")
         mountd.narlake("overlay", "down", overlay.merged)
+    rig.run("rm", "-rf", work / "work")
     rig.mount("overlay", "narlake", overlay.merged, f"{layers},redirect_dir=on,metacopy=on")
     mountd.narlake("overlay", "adopt", overlay.merged)
     has(doctor(mountd)[0], "overlay", "problem", 'source is "narlake"')
