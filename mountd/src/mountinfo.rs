@@ -1,41 +1,14 @@
 //! What is mounted where, as the kernel tells it in `/proc/self/mountinfo`.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+pub use narlake_format::mountinfo::{MountInfo, parse};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-
-/// One mount.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MountInfo {
-    /// Its file system's device, as `<major>:<minor>`.
-    pub device: String,
-    /// Where it is.
-    pub mount_point: PathBuf,
-    /// The kind of file system, with its subtype: `overlay`, `fuse.narlake`.
-    pub fs_type: String,
-    /// What it was mounted from.
-    pub source: String,
-    /// The file system's own options.
-    options: Vec<u8>,
-}
-
-impl MountInfo {
-    /// The value of one of the file system's own options, as a path.
-    #[must_use]
-    pub fn option(&self, name: &str) -> Option<PathBuf> {
-        let prefix = format!("{name}=");
-        let value =
-            self.options.split(|byte| *byte == b',').find_map(|option| option.strip_prefix(prefix.as_bytes()))?;
-        Some(PathBuf::from(OsString::from_vec(unescape(value))))
-    }
-}
 
 /// The mounts that this process sees, in the order in which they were made.
 ///
@@ -104,67 +77,9 @@ pub fn is_dead(mount_point: &Path) -> bool {
     error.is_some_and(|error| not_connected.contains(&error))
 }
 
-/// Lines that are not of this form are not of this kernel, and are passed over.
-pub(crate) fn parse(text: &[u8]) -> Vec<MountInfo> {
-    text.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
-}
-
-/// `36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw,errors=continue`
-fn parse_line(line: &[u8]) -> Option<MountInfo> {
-    let mut words = line.split(|byte| *byte == b' ');
-    let device = words.nth(2)?;
-    let mount_point = words.nth(1)?;
-    // Optional fields end with a hyphen.
-    words.find(|word| *word == b"-")?;
-    let text = |word: &[u8]| String::from_utf8_lossy(&unescape(word)).into_owned();
-    Some(MountInfo {
-        device: text(device),
-        mount_point: PathBuf::from(OsString::from_vec(unescape(mount_point))),
-        fs_type: text(words.next()?),
-        source: text(words.next()?),
-        options: words.next()?.to_vec(),
-    })
-}
-
-/// Space, tab, newline and backslash are written as a backslash and three octal digits.
-fn unescape(word: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(word.len());
-    let mut rest = word;
-    while let Some((&byte, after)) = rest.split_first() {
-        let digits = after.get(..3).filter(|digits| byte == b'\\' && digits.iter().all(|d| (b'0'..=b'7').contains(d)));
-        match digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()) {
-            Some(escaped) => {
-                out.push(escaped);
-                rest = after.get(3..).unwrap_or_default();
-            }
-            None => {
-                out.push(byte);
-                rest = after;
-            }
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_what_the_kernel_writes() {
-        let text = b"22 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n\
-            90 22 0:41 / /a\\040b ro,nosuid shared:5 master:1 - fuse.narlake narlake ro,user_id=0\n\
-            91 22 0:42 / /m rw - overlay overlay rw,lowerdir=/a\\040b,upperdir=/u,workdir=/w,metacopy=on\n\
-            nonsense\n";
-        let mounts = parse(text);
-        assert_eq!(mounts.len(), 3);
-        assert_eq!(mounts[1].mount_point, Path::new("/a b"));
-        assert_eq!(mounts[1].device, "0:41");
-        assert_eq!(mounts[1].fs_type, "fuse.narlake");
-        assert_eq!(mounts[2].option("lowerdir"), Some("/a b".into()));
-        assert_eq!(mounts[2].option("upperdir"), Some("/u".into()));
-        assert_eq!(mounts[2].option("upper"), None);
-    }
 
     #[test]
     fn finds_the_root() {

@@ -12,7 +12,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use narlake_format::api::spool::{DROPPED, FAILED, PushStatus, PusherEvent, QUEUE, SUFFIX};
+use narlake_format::api::spool::{DROPPED, FAILED, PushStatus, PusherEvent, QUEUE, entry_of, named_at_ns};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
@@ -200,7 +200,7 @@ impl Pusher {
 /// Entries that wait, the age of the oldest in seconds, entries given up, pushes dropped. What is not there is none.
 fn measure(spool: &Path) -> (u64, u64, u64, u64) {
     let queue = names(&spool.join(QUEUE));
-    let queued_at = queue.iter().min().and_then(|name| name.split('-').next()?.parse::<u128>().ok());
+    let queued_at = queue.iter().min().and_then(|name| named_at_ns(name));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let age_ns = queued_at.map_or(0, |at| now.saturating_sub(at));
     let oldest_s = u64::try_from(age_ns / 1_000_000_000).unwrap_or(u64::MAX);
@@ -211,13 +211,14 @@ fn measure(spool: &Path) -> (u64, u64, u64, u64) {
 
 fn names(dir: &Path) -> Vec<String> {
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
-    let names = files.filter_map(|file| file.file_name().to_str()?.strip_suffix(SUFFIX).map(str::to_owned));
-    names.filter(|name| !name.starts_with('.')).collect()
+    files.filter_map(|file| file.file_name().to_str().and_then(entry_of).map(str::to_owned)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+
+    use narlake_format::api::spool::entry_name;
 
     use super::*;
 
@@ -288,7 +289,7 @@ mod tests {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         for (age_s, process) in [(100, 1), (50, 2)] {
-            let name = format!("{:020}-{process}.json", now - age_s * 1_000_000_000);
+            let name = format!("{}.json", entry_name(now - age_s * 1_000_000_000, process));
             fs::write(dir.path().join(QUEUE).join(name), "{}").unwrap();
         }
         fs::write(dir.path().join(QUEUE).join(".3.json"), "").unwrap();

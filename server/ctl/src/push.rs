@@ -27,36 +27,15 @@ use crate::UsageError;
 use crate::Verdict;
 use crate::cli::PushOptions;
 use crate::client::Client;
+use crate::nix::NixError;
 use crate::output::{Output, Report, size};
 
 /// Why a push could not be made, as far as the local Nix is concerned.
 #[derive(Debug, thiserror::Error)]
 pub enum PushError {
-    /// A program of Nix could not be run.
-    #[error("run {program}")]
-    Run {
-        /// The program.
-        program: String,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// A program of Nix did not end.
-    #[error("{program} took longer than {seconds} s")]
-    Late {
-        /// The program.
-        program: String,
-        /// How long it had.
-        seconds: u64,
-    },
-    /// A program of Nix failed.
-    #[error("{program} failed: {message}")]
-    Failed {
-        /// The program.
-        program: String,
-        /// The end of what it said.
-        message: String,
-    },
+    /// A program of Nix did not do what it should.
+    #[error(transparent)]
+    Nix(#[from] NixError),
     /// What a program of Nix said makes no sense.
     #[error("read what {program} says")]
     Output {
@@ -79,13 +58,12 @@ impl PushError {
     #[must_use]
     pub fn advice(&self) -> Option<String> {
         match self {
-            Self::Failed { message, .. } if message.contains("is not valid") => Some(
+            Self::Nix(NixError::Failed { message, .. }) if message.contains("is not valid") => Some(
                 "Nix does not know that path; --by-content adds what is there as a new path, without references"
                     .to_owned(),
             ),
-            Self::Run { .. } | Self::Late { .. } | Self::Failed { .. } | Self::Output { .. } | Self::Unknown { .. } => {
-                None
-            }
+            Self::Nix(error) => error.advice(),
+            Self::Output { .. } | Self::Unknown { .. } => None,
         }
     }
 }

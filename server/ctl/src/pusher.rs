@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use crate::Verdict;
 use crate::cli::PusherOptions;
 use crate::client::{Client, ClientError};
+use crate::nix::NixError;
 use crate::output::Output;
 use crate::push::{Batch, LocalNix, PushError};
 use crate::spool::{Spool, SpoolError};
@@ -274,7 +275,7 @@ impl Pusher<'_> {
         let log = match nix.log(dir, &drv, LOG_MAX).await {
             Ok(log) => log,
             // Builds that said nothing have none.
-            Err(PushError::Failed { message, .. }) if message.contains("is not available") => Vec::new(),
+            Err(PushError::Nix(NixError::Failed { message, .. })) if message.contains("is not available") => Vec::new(),
             Err(error) => return Err(error.into()),
         };
         if !log.is_empty() {
@@ -329,9 +330,13 @@ fn blame(error: &anyhow::Error) -> Blame {
             };
         }
         match cause.downcast_ref::<PushError>() {
-            Some(PushError::Failed { message, .. }) if message.contains("is not valid") => return Blame::Gone,
+            Some(PushError::Nix(NixError::Failed { message, .. })) if message.contains("is not valid") => {
+                return Blame::Gone;
+            }
             // Nobody has answered for the store, so nothing is known of the entry either.
-            Some(PushError::Failed { message, .. }) if message.contains("cannot connect") => return Blame::Server,
+            Some(PushError::Nix(NixError::Failed { message, .. })) if message.contains("cannot connect") => {
+                return Blame::Server;
+            }
             _ => {}
         }
     }
@@ -386,8 +391,9 @@ mod tests {
         };
         assert!(matches!(refused(503), Blame::Server) && matches!(refused(403), Blame::Server));
         assert!(matches!(refused(500), Blame::Entry) && matches!(refused(422), Blame::Entry));
-        let failed =
-            |message: &str| blame(&PushError::Failed { program: "nix-store".into(), message: message.into() }.into());
+        let failed = |message: &str| {
+            blame(&PushError::from(NixError::Failed { program: "nix-store".into(), message: message.into() }).into())
+        };
         assert!(matches!(failed("error: path '/nix/store/x' is not valid"), Blame::Gone));
         assert!(matches!(failed("error: cannot connect to socket"), Blame::Server));
         assert!(matches!(failed("error: disk full"), Blame::Entry));

@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use narlake_format::api::spool::{DROPPED, ENTRY_MAX, Entry, FAILED, LOCK, QUEUE, SUFFIX};
+use narlake_format::api::spool::{DROPPED, ENTRY_MAX, Entry, FAILED, LOCK, QUEUE, SUFFIX, entry_name, entry_of};
 use rustix::fs::{FlockOperation, flock};
 
 /// Most entries that are kept of those given up; the oldest go first.
@@ -195,20 +195,19 @@ impl Spool {
     }
 }
 
-/// A name for an entry of this process now: names sort by time.
+/// A name for an entry of this process now.
 #[must_use]
 pub fn fresh_name() -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    format!("{:020}-{}", now.as_nanos(), std::process::id())
+    entry_name(now.as_nanos(), std::process::id())
 }
 
-/// Names of entries in a directory, oldest first; hidden files are entries being written.
+/// Names of entries in a directory, oldest first.
 fn names(dir: &Path) -> Result<Vec<String>, SpoolError> {
     let mut names = Vec::new();
     for file in fs::read_dir(dir).map_err(io_at("list", dir))? {
         let name = file.map_err(io_at("list", dir))?.file_name();
-        let name = name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).filter(|name| !name.starts_with('.'));
-        names.extend(name.map(str::to_owned));
+        names.extend(name.to_str().and_then(entry_of).map(str::to_owned));
     }
     names.sort_unstable();
     Ok(names)

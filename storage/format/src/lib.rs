@@ -5,5 +5,6 @@ pub mod error;
 pub mod id;
 pub mod lake;
 pub mod limits;
+pub mod mountinfo;
 pub mod nar;
 pub mod nix;

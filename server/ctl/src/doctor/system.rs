@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use narlake_format::mountinfo::{MountInfo, parse};
 
 use crate::nix::{self, NixError};
 
@@ -103,7 +104,7 @@ impl System {
     /// The mounts that a process sees, those made last at the end. None if that cannot be known.
     pub(super) fn mounts(&self, process: &str) -> Option<Vec<Mount>> {
         let text = self.read(format!("/proc/{process}/mountinfo"))?;
-        Some(text.lines().filter_map(Mount::parse).collect())
+        Some(parse(text.as_bytes()).iter().map(Mount::of).collect())
     }
 
     /// What a program prints.
@@ -119,18 +120,9 @@ impl System {
 }
 
 impl Mount {
-    /// `36 35 98:0 /root /mount/point rw,noatime shared:1 - overlay source options`
-    fn parse(line: &str) -> Option<Self> {
-        let (before, after) = line.split_once(" - ")?;
-        let point = before.split(' ').nth(4)?;
-        let mut words = after.split(' ');
-        let (kind, source, options) = (words.next()?, words.next()?, words.next()?);
-        Some(Self {
-            point: unescape(point).into(),
-            kind: kind.to_owned(),
-            source: unescape(source),
-            options: options.split(',').map(unescape).collect(),
-        })
+    fn of(mount: &MountInfo) -> Self {
+        let (point, kind, source) = (mount.mount_point.clone(), mount.fs_type.clone(), mount.source.clone());
+        Self { point, kind, source, options: mount.options().collect() }
     }
 
     /// The value of an option; empty where it has none.
@@ -140,17 +132,4 @@ impl Mount {
             (own == name).then_some(value)
         })
     }
-}
-
-/// Blanks and the like are written as a backslash and three octal digits.
-fn unescape(text: &str) -> String {
-    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
-    while let Some((first, after)) = rest.split_first() {
-        let digits = (*first == b'\\').then(|| after.get(..3)).flatten();
-        let digits = digits.and_then(|digits| str::from_utf8(digits).ok());
-        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        bytes.push(escaped.unwrap_or(*first));
-        rest = if escaped.is_some() { after.get(3..).unwrap_or_default() } else { after };
-    }
-    std::ffi::OsString::from_vec(bytes).to_string_lossy().into_owned()
 }

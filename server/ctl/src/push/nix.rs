@@ -13,31 +13,25 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io;
-use std::process::Stdio;
 use std::time::Duration;
 
 use narlake_format::error::FormatError;
 use narlake_format::limits::NAR_SIZE_MAX;
 use narlake_format::nix::compression::Compression;
-use narlake_format::nix::hash::Sha256Hash;
+use narlake_format::nix::content_address::ContentAddress;
 use narlake_format::nix::narinfo::NarInfo;
+use narlake_format::nix::registration::{self, Registration};
+use narlake_format::nix::signature::Signature;
 use narlake_format::nix::store_path::{StoreDir, StorePath};
 use serde::Deserialize;
-use tokio::process::Command;
 
 use super::PushError;
 use crate::client::upload_url;
+use crate::nix::{self, ARGUMENTS, NixError};
 use crate::output::printable;
 
 /// Longest that a program of Nix may take. It reads a database, but another process may hold its lock for a while.
 const LIMIT: Duration = Duration::from_secs(300);
-
-/// Most paths on one command line: far from what the kernel allows, and few enough calls.
-const ARGUMENTS: usize = 1000;
-
-/// Most of what a program said that is repeated, in bytes.
-const MESSAGE_MAX: usize = 2000;
 
 /// A Nix that is there.
 pub(crate) struct LocalNix {
@@ -58,9 +52,8 @@ impl LocalNix {
 
     /// The log of a derivation's build. It may be long: at most `max` bytes of it.
     pub(crate) async fn log(&self, dir: &StoreDir, drv: &StorePath, max: usize) -> Result<Vec<u8>, PushError> {
-        let mut log = self.run("nix-store", &["--read-log", "--"], dir, std::slice::from_ref(drv)).await?;
-        log.truncate(max);
-        Ok(log)
+        let arguments = self.arguments(&["--read-log", "--"], &[drv.display_in(dir).to_string()]);
+        Ok(nix::start_of("nix-store", &arguments, b"", LIMIT, max).await?)
     }
 
     /// What is known of the outputs of a content-addressed derivation, as documents of a cache.
@@ -133,7 +126,7 @@ impl LocalNix {
         const COMMAND: [&str; 4] = ["--extra-experimental-features", "nix-command", "path-info", "--json"];
         // Newer versions want to be told which shape, older ones do not know the flag.
         match self.run("nix", &[&COMMAND[..], &["--json-format", "1", "--"]].concat(), dir, paths).await {
-            Err(PushError::Failed { message, .. }) if message.contains("--json-format") => {
+            Err(PushError::Nix(NixError::Failed { message, .. })) if message.contains("--json-format") => {
                 self.run("nix", &[&COMMAND[..], &["--"]].concat(), dir, paths).await
             }
             outcome => outcome,
@@ -144,25 +137,13 @@ impl LocalNix {
 async fn is_there(program: &str) -> Result<bool, PushError> {
     match execute(program, &["--version"]).await {
         Ok(_) => Ok(true),
-        Err(PushError::Run { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(PushError::Nix(error)) if error.is_absent() => Ok(false),
         Err(error) => Err(error),
     }
 }
 
 async fn execute(program: &str, arguments: &[impl AsRef<OsStr>]) -> Result<Vec<u8>, PushError> {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-    let program = || program.to_owned();
-    let done = tokio::time::timeout(LIMIT, command.output()).await;
-    let done = done.map_err(|_| PushError::Late { program: program(), seconds: LIMIT.as_secs() })?;
-    let done = done.map_err(|source| PushError::Run { program: program(), source })?;
-    if done.status.success() {
-        return Ok(done.stdout);
-    }
-    let said = done.stderr.trim_ascii();
-    let end = said.get(said.len().saturating_sub(MESSAGE_MAX)..).unwrap_or_default();
-    let lines: Vec<String> = end.split(|byte| *byte == b'\n').map(printable).collect();
-    Err(PushError::Failed { program: program(), message: lines.join("; ") })
+    Ok(nix::run(program, arguments, b"", LIMIT).await?)
 }
 
 fn unreadable(program: &str, source: impl std::error::Error + Send + Sync + 'static) -> PushError {
@@ -175,6 +156,9 @@ pub enum PathInfoError {
     /// It is no JSON, or of an unknown shape.
     #[error("read JSON")]
     Json(#[from] serde_json::Error),
+    /// The text of a database is none.
+    #[error("read the database")]
+    Database(#[from] FormatError),
     /// A path or hash in it is none.
     #[error("read {text:?}")]
     Value {
@@ -201,12 +185,12 @@ struct PathInfo {
     #[serde(default)]
     signatures: Vec<String>,
     #[serde(default)]
-    ca: Option<ContentAddress>,
+    ca: Option<Address>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum ContentAddress {
+enum Address {
     Text(String),
     Fields { method: String, hash: String },
 }
@@ -237,41 +221,31 @@ pub fn parse_path_info(dir: &StoreDir, text: &[u8]) -> Result<Vec<NarInfo>, Path
 impl PathInfo {
     fn into_narinfo(self, dir: &StoreDir, path: &str) -> Result<NarInfo, PathInfoError> {
         let store_path = |text: &str| value(text, text.parse().or_else(|_| StorePath::parse_absolute(dir, text)));
-        let mut references = self.references.iter().map(|text| store_path(text)).collect::<Result<Vec<_>, _>>()?;
-        references.sort_unstable();
-        references.dedup();
+        let references = self.references.iter().map(|text| store_path(text)).collect::<Result<Vec<_>, _>>()?;
         let mut signatures =
             self.signatures.iter().map(|text| value(text, text.parse())).collect::<Result<Vec<_>, _>>()?;
         signatures.sort_unstable();
         signatures.dedup();
         let ca = match &self.ca {
             None => None,
-            Some(ContentAddress::Text(text)) => Some(value(text, text.parse())?),
-            Some(ContentAddress::Fields { method, hash }) => address(method, hash),
+            Some(Address::Text(text)) => Some(value(text, text.parse())?),
+            Some(Address::Fields { method, hash }) => address(method, hash),
         };
         let deriver = self.deriver.as_deref().filter(|text| !matches!(*text, "" | "unknown-deriver"));
-        let nar_hash: Sha256Hash = value(&self.nar_hash, self.nar_hash.parse())?;
-        Ok(NarInfo {
-            store_path: store_path(path)?,
-            url: upload_url(&nar_hash),
-            compression: Compression::None,
-            file_hash: Some(nar_hash),
-            file_size: Some(self.nar_size),
-            nar_hash,
-            nar_size: value(path, size(self.nar_size))?,
-            references,
+        let record = Registration {
+            path: store_path(path)?,
+            nar_hash: value(&self.nar_hash, self.nar_hash.parse())?,
+            nar_size: self.nar_size,
             deriver: deriver.map(store_path).transpose()?,
-            signatures,
-            ca,
-            extra: Vec::new(),
-        })
+            references,
+        };
+        narinfo(record, signatures, ca)
     }
 }
 
 /// A content address given by its fields. Only those by SHA-256 have a spelling that leads back to Nix's text; without
 /// the others a path is one like any other.
-fn address(method: &str, hash: &str) -> Option<narlake_format::nix::content_address::ContentAddress> {
-    use narlake_format::nix::content_address::ContentAddress;
+fn address(method: &str, hash: &str) -> Option<ContentAddress> {
     let hash = hash.parse().ok()?;
     match method {
         "text" => Some(ContentAddress::Text(hash)),
@@ -296,31 +270,35 @@ fn value<T>(text: &str, parsed: Result<T, FormatError>) -> Result<T, PathInfoErr
     parsed.map_err(|source| PathInfoError::Value { text: printable(text.as_bytes()), source })
 }
 
-/// Reads what `nix-store --dump-db` writes: for each path, a field a line, path, NAR hash in hexadecimal, NAR size,
-/// deriver or nothing, number of references, references.
+/// Reads what `nix-store --dump-db` writes.
 fn parse_database(dir: &StoreDir, text: &[u8]) -> Result<Vec<NarInfo>, PathInfoError> {
-    let text = String::from_utf8_lossy(text);
-    let mut lines = text.lines();
-    let mut infos = Vec::new();
-    while let Some(path) = lines.next() {
-        let mut line =
-            |field| value(path, lines.next().ok_or(FormatError::Truncated { field, offset: text.len() as u64 }));
-        let nar_hash = line("narHash")?;
-        let nar_hash = value(nar_hash, Sha256Hash::parse_bare(nar_hash))?.to_string();
-        let nar_size = number("narSize", line("narSize")?)?;
-        let deriver = Some(line("deriver")?.to_owned());
-        let mut references = Vec::new();
-        for _ in 0..number("number of references", line("number of references")?)? {
-            references.push(line("reference")?.to_owned());
-        }
-        let info = PathInfo { path: None, nar_hash, nar_size, references, deriver, signatures: Vec::new(), ca: None };
-        infos.push(info.into_narinfo(dir, path)?);
-    }
-    Ok(infos)
+    let records = registration::parse(dir, text)?;
+    records.into_iter().map(|record| narinfo(record, Vec::new(), None)).collect()
 }
 
-fn number(field: &'static str, text: &str) -> Result<u64, PathInfoError> {
-    value(text, text.parse().map_err(|_| FormatError::Syntax { field, offset: 0 }))
+/// What the database says of a path, as it is published. References become a sorted set.
+fn narinfo(
+    record: Registration,
+    signatures: Vec<Signature>,
+    ca: Option<ContentAddress>,
+) -> Result<NarInfo, PathInfoError> {
+    let Registration { path: store_path, nar_hash, nar_size, deriver, mut references } = record;
+    references.sort_unstable();
+    references.dedup();
+    Ok(NarInfo {
+        url: upload_url(&nar_hash),
+        compression: Compression::None,
+        file_hash: Some(nar_hash),
+        file_size: Some(nar_size),
+        nar_hash,
+        nar_size: value(&store_path.to_string(), size(nar_size))?,
+        references,
+        deriver,
+        signatures,
+        ca,
+        extra: Vec::new(),
+        store_path,
+    })
 }
 
 #[cfg(test)]

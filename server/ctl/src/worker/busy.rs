@@ -155,7 +155,7 @@ fn told(how: &str, path: &Path) -> String {
 
 fn devices(pid: u32) -> HashMap<u64, Device> {
     let mounts = mountinfo::mounts(&pid.to_string()).unwrap_or_default();
-    mounts.into_iter().map(|mount| (mount.id, mount.device)).collect()
+    mounts.into_iter().filter_map(|mount| Some((mount.id, mountinfo::device(&mount.device, 10)?))).collect()
 }
 
 /// The mount that a link of the kernel's leads to. The file system is not asked.

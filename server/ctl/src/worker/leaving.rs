@@ -5,15 +5,15 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
+use narlake_format::nix::registration::{self, Registration};
+use narlake_format::nix::store_path::{StoreDir, StorePath};
 use rustix::fs::lgetxattr;
 use serde::Serialize;
-use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
-use tokio::process::{ChildStdout, Command};
 
 use super::settings::{STORE_DIR, Settings};
+use crate::nix;
 
 /// Longest that Nix may take: it reads a database, but another process may hold its lock for a while.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -30,24 +30,13 @@ pub(super) struct Leaving {
     pub broken: Vec<String>,
 }
 
-/// A registered path.
-struct Registered {
-    path: String,
-    references: Vec<String>,
-}
-
 /// Finds out; `None` if Nix does not tell.
 pub(super) async fn leaving(settings: &Settings) -> Option<Leaving> {
-    let mut command = Command::new("nix-store");
-    command.args(["--store", &plain_store(settings), "--dump-db"]).env_remove("NIX_REMOTE");
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true).spawn().ok()?;
-    let lines = BufReader::new(child.stdout.take()?).lines();
-    let registered = tokio::time::timeout(LIMIT, async {
-        let registered = read(lines).await?;
-        child.wait().await.ok()?.success().then_some(registered)
-    });
-    Some(sort(registered.await.ok()??, &settings.upper()))
+    let store = plain_store(settings);
+    let text = nix::run("nix-store", &["--store", store.as_str(), "--dump-db"], b"", LIMIT).await.ok()?;
+    let registered = registration::parse(&StoreDir::default(), &text).ok()?;
+    let believed = registered.iter().all(|record| record.references.len() <= REFERENCES_MAX);
+    believed.then(|| sort(registered, &settings.upper()))
 }
 
 /// The database alone: no lower, and no daemon.
@@ -58,35 +47,18 @@ fn plain_store(settings: &Settings) -> String {
     }
 }
 
-/// Each path has a line of its own, then hash, size, deriver, number of references, and these.
-async fn read(mut lines: Lines<BufReader<ChildStdout>>) -> Option<Vec<Registered>> {
-    let mut registered = Vec::new();
-    while let Some(path) = lines.next_line().await.ok()? {
-        for _ in 0..3 {
-            lines.next_line().await.ok()??;
-        }
-        let count: usize = lines.next_line().await.ok()??.trim().parse().ok()?;
-        let mut references = Vec::new();
-        for _ in 0..(count <= REFERENCES_MAX).then_some(count)? {
-            references.push(lines.next_line().await.ok()??);
-        }
-        registered.push(Registered { path, references });
-    }
-    Some(registered)
-}
-
-fn sort(registered: Vec<Registered>, upper: &Path) -> Leaving {
-    let (staying, leaving): (Vec<_>, Vec<_>) = registered.into_iter().partition(|registered| {
-        let name = registered.path.rsplit('/').next().unwrap_or_default();
-        !name.is_empty() && is_whole(&upper.join(name))
-    });
-    let mut paths: Vec<String> = leaving.into_iter().map(|registered| registered.path).collect();
-    paths.sort_unstable();
-    let gone: HashSet<&str> = paths.iter().map(String::as_str).collect();
-    let refers = |registered: &Registered| registered.references.iter().any(|path| gone.contains(path.as_str()));
-    let mut broken: Vec<String> = staying.into_iter().filter(refers).map(|registered| registered.path).collect();
-    broken.sort_unstable();
-    Leaving { paths, broken }
+fn sort(registered: Vec<Registration>, upper: &Path) -> Leaving {
+    let (staying, leaving): (Vec<_>, Vec<_>) =
+        registered.into_iter().partition(|record| is_whole(&upper.join(record.path.to_string())));
+    let gone: HashSet<&StorePath> = leaving.iter().map(|record| &record.path).collect();
+    let texts = |records: Vec<&Registration>| {
+        let dir = StoreDir::default();
+        let mut texts: Vec<String> = records.iter().map(|record| record.path.display_in(&dir).to_string()).collect();
+        texts.sort_unstable();
+        texts
+    };
+    let broken = staying.iter().filter(|record| record.references.iter().any(|path| gone.contains(path))).collect();
+    Leaving { paths: texts(leaving.iter().collect()), broken: texts(broken) }
 }
 
 /// Whether the upper has all of an object: not a mark that it was deleted, and not a directory or an attribute that was
@@ -101,18 +73,25 @@ fn is_whole(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use narlake_format::nix::hash::Sha256Hash;
+
     use super::*;
 
     #[test]
     fn what_the_upper_has_stays() {
         let dir = tempfile::tempdir().unwrap();
+        let object = |name: &str| format!("{}-{name}", "0".repeat(32));
         for name in ["a-built", "b-alone"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::create_dir(dir.path().join(object(name))).unwrap();
         }
-        let path = |name: &str| format!("/nix/store/{name}");
-        let registered = |name: &str, references: &[&str]| Registered {
-            path: path(name),
-            references: references.iter().map(|name| path(name)).collect(),
+        let path = |name: &str| format!("/nix/store/{}", object(name));
+        let store_path = |name: &str| StorePath::parse_absolute(&StoreDir::default(), &path(name)).unwrap();
+        let registered = |name: &str, references: &[&str]| Registration {
+            path: store_path(name),
+            nar_hash: Sha256Hash::of(b""),
+            nar_size: 1,
+            deriver: None,
+            references: references.iter().map(|name| store_path(name)).collect(),
         };
         let leaving = sort(
             vec![

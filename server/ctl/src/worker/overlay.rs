@@ -8,7 +8,7 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use super::busy;
 use super::error::WorkerError;
-use super::mountinfo::{Device, mount_on};
+use super::mountinfo::{self, Device, mount_on};
 use super::record::Record;
 use super::settings::Settings;
 use super::step::{State, Step};
@@ -26,7 +26,7 @@ pub(super) struct Overlay {
 pub(super) fn device(settings: &Settings) -> Option<Device> {
     let mount = mount_on(&settings.store).ok()??;
     let ours = mount.fs_type == "overlay" && mount.has(&format!("lowerdir={}", settings.view().display()));
-    ours.then_some(mount.device)
+    ours.then(|| mountinfo::device(&mount.device, 10)).flatten()
 }
 
 pub(super) fn is_mounted(settings: &Settings) -> bool {

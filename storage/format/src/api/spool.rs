@@ -32,6 +32,24 @@ pub const LOCK: &str = "lock";
 /// End of an entry's name.
 pub const SUFFIX: &str = ".json";
 
+/// A name for an entry of this process at this time, in nanoseconds since 1970: names sort by time.
+#[must_use]
+pub fn entry_name(at_ns: u128, process: u32) -> String {
+    format!("{at_ns:020}-{process}")
+}
+
+/// The time in an entry's name, in nanoseconds since 1970.
+#[must_use]
+pub fn named_at_ns(name: &str) -> Option<u128> {
+    name.split_once('-')?.0.parse().ok()
+}
+
+/// The name of the entry that a file of a spool is. Hidden files are entries being written.
+#[must_use]
+pub fn entry_of(file_name: &str) -> Option<&str> {
+    file_name.strip_suffix(SUFFIX).filter(|name| !name.starts_with('.'))
+}
+
 /// Largest entry, in bytes: thousands of outputs of one build.
 pub const ENTRY_MAX: u64 = 1 << 20;
 
@@ -122,6 +140,15 @@ pub struct PushStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_sort_by_time() {
+        let (early, late) = (entry_name(7, 99_999), entry_name(1_800_000_000_000_000_000, 1));
+        assert!(early < late);
+        assert_eq!((named_at_ns(&early), named_at_ns("x-1"), named_at_ns("7")), (Some(7), None, None));
+        assert_eq!(entry_of(&format!("{late}{SUFFIX}")), Some(late.as_str()));
+        assert_eq!((entry_of(".7-1.json"), entry_of("lock")), (None, None));
+    }
 
     #[test]
     fn documents_are_plain_json() {

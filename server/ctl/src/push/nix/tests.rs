@@ -1,5 +1,7 @@
 //! What Nix 2.26.3 and 2.34.8 wrote about the same paths, and what older versions write.
 
+use narlake_format::nix::hash::Sha256Hash;
+
 use super::*;
 
 const ADDED: &str = r#""ca":"fixed:r:sha256:05h58w8k09ywwqq14biql39lxwzyhsjbnyn0jkz06cyz7xsm9z0d","deriver":null,"narHash":"sha256-DfxUdT/fMwP+lMB6u6SG/vNO06A4LhIw5twnMBFHBRY=","narSize":648,"references":[],"registrationTime":1795394985,"signatures":[],"ultimate":false"#;
